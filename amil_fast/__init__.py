@@ -1,0 +1,37 @@
+"""Fused adjust pooling and heatmap decoding for PyTorch, and the AMIL pose model built on them.
+
+``import amil_fast`` needs torch and numpy only; Triton and the compiled extension are loaded by the first call that uses
+them, and everything below ``amil_fast.pose``, ``data``, ``evaluation`` and ``training`` by its first use.
+"""
+
+import importlib
+
+from amil_fast.ops import adjust_pool
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it; imported when first asked for.
+_LAZY = {
+    "AdjustPool": "amil_fast.nn",
+    "MIRNet": "amil_fast.nn",
+    "info": "amil_fast.environment",
+    "nn": None,
+    "data": None,
+    "evaluation": None,
+    "training": None,
+}
+
+__all__ = ["__version__", "adjust_pool", "AdjustPool", "MIRNet", "info"]
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'amil_fast' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name] or f"amil_fast.{name}")
+    value = module if _LAZY[name] is None else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,165 @@
+"""Build of the compiled extension ``amil_fast._C``; everything declarative is in pyproject.toml.
+
+The extension includes no torch headers, so it builds in pip's isolated environment and survives torch upgrades. Three
+kinds of sources go into it (see CONTRIBUTING.md):
+
+- ``csrc/*.cpp``: compiled once, for the baseline instruction set;
+- ``csrc/simd/*.cpp``: compiled once per instruction set, chosen between at run time;
+- ``csrc/*.cu``: compiled by nvcc when there is one, with the CUDA runtime linked statically.
+
+Environment: ``AMIL_FAST_CUDA=0`` leaves CUDA out, ``AMIL_FAST_CUDA=1`` makes a missing nvcc an error (default: use nvcc if
+found); ``CUDA_HOME`` and ``CXX`` as usual; ``AMIL_FAST_CUDA_ARCHS="90;100"`` compiles for fewer GPUs, faster.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+from ninja.ninja_syntax import Writer
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+X86_64 = platform.machine() in ("x86_64", "AMD64")
+INSTRUCTION_SETS = {"baseline": []}
+if X86_64:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    ]
+# SASS for these where nvcc knows them, PTX of the newest for GPUs to come.
+CUDA_ARCHS = ("75", "80", "86", "89", "90", "100")
+
+
+def find_nvcc():
+    """Path of nvcc and the reason for the choice; the path is None where CUDA is left out."""
+    wanted = os.environ.get("AMIL_FAST_CUDA", "auto")
+    if wanted == "0":
+        return None, "left out: AMIL_FAST_CUDA=0"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    candidates += [Path(p) for p in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc") if p]
+    for nvcc in candidates:
+        if nvcc.is_file():
+            return str(nvcc), f"nvcc at {nvcc}"
+    if wanted == "1":
+        raise SystemExit("amil_fast: AMIL_FAST_CUDA=1, but no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+    return None, "left out: no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin"
+
+
+def cuda_arch_flags(nvcc):
+    """nvcc's -gencode flags for the GPUs that both this project and this nvcc know, and their names."""
+    known = set(re.findall(r"compute_(\d+)", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+    wanted = os.environ.get("AMIL_FAST_CUDA_ARCHS", "").replace(",", ";").split(";")
+    archs = [a for a in (wanted if wanted != [""] else CUDA_ARCHS) if a in known]
+    if not archs:
+        raise SystemExit(f"amil_fast: nvcc at {nvcc} knows none of the GPU architectures asked for; it knows {sorted(known)}")
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return flags, [f"sm_{a}" for a in archs] + [f"compute_{archs[-1]}"]
+
+
+class BuildExtension(build_ext):
+    """Writes one build.ninja for all sources and runs it."""
+
+    def build_extension(self, ext):
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
+        nvcc, nvcc_reason = find_nvcc()
+        cuda_sources = sorted((ROOT / "csrc").glob("*.cu")) if nvcc else []
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{build_dir}"]
+        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-ffp-contract=off"]
+        python_includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+
+        info = {
+            "compiler": subprocess.check_output([cxx, "--version"], text=True).splitlines()[0],
+            "instruction_sets": list(INSTRUCTION_SETS),
+            "cuda": nvcc_reason,
+            "cuda_version": None,
+            "cuda_archs": [],
+        }
+        if cuda_sources:
+            arch_flags, info["cuda_archs"] = cuda_arch_flags(nvcc)
+            version = subprocess.check_output([nvcc, "--version"], text=True)
+            info["cuda_version"] = re.search(r"release ([\d.]+)", version).group(1)
+        header = build_dir / "build_info.h"
+        text = f"#pragma once\n#define AMIL_BUILD_INFO R\"json({json.dumps(info)})json\"\n"
+        text += f"#define AMIL_WITH_CUDA {int(bool(cuda_sources))}\n"
+        text += f"#define AMIL_WITH_X86_SIMD {int(X86_64)}\n"
+        if not header.exists() or header.read_text() != text:  # an unchanged header keeps incremental builds quick
+            header.write_text(text)
+
+        objects = []
+        with open(build_dir / "build.ninja", "w") as f:
+            w = Writer(f, width=1000)
+            w.rule("cxx", f"{cxx} -MMD -MF $out.d {' '.join(common + includes)} $flags -c $in -o $out",
+                   depfile="$out.d", deps="gcc", description="CXX $in $flags")  # fmt: skip
+            w.rule("link", f"{cxx} -shared $in -o $out $flags", description="LINK $out")
+
+            def compile_cxx(source, name, flags):
+                objects.append(name)
+                w.build(name, "cxx", str(source), variables={"flags": " ".join(flags)})
+
+            for source in sorted((ROOT / "csrc").glob("*.cpp")):
+                compile_cxx(source, f"{source.stem}.o", python_includes if source.stem == "bindings" else [])
+            for source in sorted((ROOT / "csrc" / "simd").glob("*.cpp")):
+                for isa, flags in INSTRUCTION_SETS.items():
+                    compile_cxx(source, f"{source.stem}.{isa}.o", [f"-DAMIL_ISA={isa}", "-ffp-contract=fast", *flags])
+            libraries = []
+            if cuda_sources:
+                # fmad=false: the same arithmetic, bit for bit, as the host compiles from the shared headers
+                w.rule("nvcc", f"{nvcc} -ccbin {cxx} -MMD -MF $out.d -std=c++17 -O3 -fmad=false -cudart static "
+                       f"-Xcompiler -fPIC,-fvisibility=hidden {' '.join(arch_flags + includes)} -c $in -o $out",
+                       depfile="$out.d", deps="gcc", description="NVCC $in")  # fmt: skip
+                for source in cuda_sources:
+                    objects.append(f"{source.stem}.cu.o")
+                    w.build(objects[-1], "nvcc", str(source))
+                cuda_root = Path(nvcc).resolve().parent.parent
+                lib_dirs = [d for d in (cuda_root / "lib64", *cuda_root.glob("targets/*/lib"), "/usr/local/cuda/lib64")
+                            if (Path(d) / "libcudart_static.a").exists()]  # fmt: skip
+                libraries = [*(f"-L{d}" for d in lib_dirs), "-lcudart_static", "-lrt"]
+            # Everything needed is in the objects; symbols of a static libcudart must not leak out to torch's own.
+            libraries += ["-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
+            w.build(str(target), "link", objects, variables={"flags": " ".join(libraries)})
+
+        jobs = self.parallel or os.environ.get("MAX_JOBS") or os.cpu_count()
+        verbose = ["-v"] if self.verbose and os.environ.get("AMIL_FAST_VERBOSE") else []
+        subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", f"-j{jobs}", *verbose], cwd=build_dir)
+
+        print(f"amil_fast._C built with {info['compiler']}", file=sys.stderr)
+        print(f"  CPU instruction sets: {', '.join(INSTRUCTION_SETS)} (chosen at run time)", file=sys.stderr)
+        cuda = f"{info['cuda_version']}, {', '.join(info['cuda_archs'])} ({nvcc_reason})" if cuda_sources else nvcc_reason
+        print(f"  CUDA: {cuda}", file=sys.stderr)
+
+
+class BuildPy(build_py):
+    """Copies the sibling folder kernels/ into the package amil_fast.kernels, where a wheel has it."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # there the shim amil_fast/kernels/__init__.py finds the folder itself
+        target = Path(self.build_lib) / "amil_fast" / "kernels"
+        for source in sorted((ROOT / "kernels").glob("*.py")):
+            self.copy_file(str(source), str(target / source.name))
+
+
+setup(
+    packages=find_packages(include=["amil_fast", "amil_fast.*"]),
+    package_data={"amil_fast": ["py.typed", "weights/*"]},
+    ext_modules=[Extension("amil_fast._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
+)

@@ -1,0 +1,24 @@
+"""What several test files share: the measure of error, and bags to test on."""
+
+import torch
+
+
+def relative_error(actual, truth):
+    """``‖actual − truth‖ / ‖truth‖`` in float64, 0 where both are 0; NaN or a different shape fails at once."""
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    actual, truth = actual.detach().double(), truth.detach().double()
+    assert not torch.isnan(actual).any(), "NaN"
+    difference = torch.linalg.vector_norm(actual - truth).item()
+    size = torch.linalg.vector_norm(truth).item()
+    return difference / size if size else difference
+
+
+def assert_as_accurate(actual, reference, truth, factor=2.0, what=""):
+    """Asserts that ``actual`` is at most ``factor`` times as far from the float64 ``truth`` as ``reference`` is.
+
+    ``reference`` is the plain PyTorch result in the same dtype as ``actual``. A few units of rounding are granted on top, for
+    results where the reference happens to be exact.
+    """
+    allowed = factor * relative_error(reference, truth) + 8 * torch.finfo(actual.dtype).eps
+    error = relative_error(actual, truth)
+    assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.2e}"
