@@ -16,6 +16,7 @@ _LAZY = {
     "MIRNet": "amil_fast.nn",
     "info": "amil_fast.environment",
     "nn": None,
+    "metrics": None,
     "data": None,
     "evaluation": None,
     "training": None,

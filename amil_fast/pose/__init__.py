@@ -1,0 +1,1 @@
+"""Human poses: skeletons, heatmaps, and the networks that find them."""
