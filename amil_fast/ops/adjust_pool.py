@@ -1,5 +1,6 @@
 """Adjust pooling: the public function and its registration as ``torch.ops.amil_fast.adjust_pool``."""
 
+import functools
 import importlib
 
 import torch
@@ -110,6 +111,7 @@ _library.define(
 )
 
 
+@functools.cache
 def _implementation(backend):
     return importlib.import_module(_IMPLEMENTATIONS[backend])
 

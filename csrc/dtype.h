@@ -1,0 +1,10 @@
+// The element types that tensors may have, as the Python side numbers them.
+#pragma once
+
+namespace amil {
+
+enum class Dtype { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+inline int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+}  // namespace amil
