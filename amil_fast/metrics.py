@@ -1,4 +1,4 @@
-"""PCK, the share of joints found: plain functions of tensors (the metrics that add up are in ``amil_fast.evaluation``)."""
+"""PCK, the share of joints found, as functions of tensors (metrics that add up are in ``amil_fast.evaluation``)."""
 
 import torch
 
@@ -19,8 +19,8 @@ def pck(predictions, targets, normalizer, valid, thresholds):
         thresholds: ``(T,)`` tensor or sequence of r.
 
     Returns:
-        ``(by_joint (T, K), pooled (T,))``, float64 fractions in [0, 1]: by joint, and over all valid joints of all samples
-        together (joints weighted by their number). NaN where nothing was counted.
+        ``(by_joint (T, K), pooled (T,))``, float64 fractions in [0, 1]: by joint, and over all valid joints of all
+        samples together (joints weighted by their number). NaN where nothing was counted.
 
     Raises:
         ValueError: shapes that don't fit together.
@@ -50,7 +50,7 @@ def normalized_errors(predictions, targets, normalizer, valid):
     Arguments as in :func:`pck`. Returns ``errors (S, K)`` float64, infinite where the prediction is NaN and NaN where
     nothing is counted, and ``counted (S, K)`` bool: valid joints of samples that have a size.
     """
-    S, K = _check(predictions, targets, normalizer, valid)
+    _check(predictions, targets, normalizer, valid)
     size = normalizer.double()
     counted = (valid != 0) & ((size > 0) & torch.isfinite(size))[:, None]
     errors = torch.linalg.vector_norm(predictions.double() - targets.double(), dim=-1) / size[:, None]
@@ -90,4 +90,3 @@ def _check(predictions, targets, normalizer, valid):
     for name, tensor, shape in (("normalizer", normalizer, (S,)), ("valid", valid, (S, K))):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    return S, K

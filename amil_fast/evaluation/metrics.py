@@ -45,7 +45,7 @@ def head_size_from_joints(joints, valid, skeleton):
 
 
 class PCK(Metric):
-    """Percentage of correct keypoints (Eq. 21) at many thresholds: by joint, by joint group, mean, area under the curve.
+    """Percentage of correct keypoints (Eq. 21) at many thresholds: by joint, by group, mean, area under the curve.
 
     Args:
         skeleton: a :class:`~amil_fast.pose.skeletons.Skeleton` or its name.
@@ -55,10 +55,10 @@ class PCK(Metric):
             are counted in ``unmeasured``.
         thresholds: ascending; the area under the curve is taken from the first to the last.
 
-    ``compute()`` returns a dict: ``thresholds (T,)``, ``joints (T, K)``, ``groups`` name -> ``(T,)``, ``mean (T,)`` (over
-    the skeleton's scored joints, weighted by their number, as the MPII and LSP papers do), ``mean_of_joints (T,)`` (their
-    plain average), ``auc`` name -> scalar for the mean and each group, all float64 fractions; ``counted (K,)``,
-    ``samples``, ``unmeasured``, int64. (With one threshold torchmetrics turns every ``(1,)`` of it into a scalar.)
+    ``compute()`` returns a dict: ``thresholds (T,)``, ``joints (T, K)``, ``groups`` name -> ``(T,)``, ``mean (T,)``
+    (over the skeleton's scored joints, weighted by their number, as the MPII and LSP papers do), ``mean_of_joints
+    (T,)`` (their plain average), ``auc`` name -> scalar for the mean and each group, all float64 fractions;
+    ``counted (K,)``, ``samples``, ``unmeasured``, int64. (With one threshold torchmetrics turns every ``(1,)`` of it into a scalar.)
     """
 
     full_state_update = False
@@ -139,10 +139,10 @@ class PCKh(PCK):
 class JointConfusion(Metric):
     """Which joint a prediction actually landed on (the paper's Fig. 7).
 
-    Row k: the predictions of joint k, in samples where k is annotated. Column j: those whose nearest annotated joint is j,
-    no farther away than ``radius`` x the person's size; the last column: those near no joint at all (NaN predictions too).
-    A swap of left and right is off the diagonal at the mirror pair. Ties go to the joint predicted, then to the smaller
-    index. ``compute()`` returns the counts ``(K, K + 1)`` int64.
+    Row k: the predictions of joint k, in samples where k is annotated. Column j: those whose nearest annotated joint is
+    j, no farther away than ``radius`` x the person's size; the last column: those near no joint at all (NaN predictions
+    too). A swap of left and right is off the diagonal at the mirror pair. Ties go to the joint predicted, then to the
+    smaller index. ``compute()`` returns the counts ``(K, K + 1)`` int64.
     """
 
     full_state_update = False
@@ -180,8 +180,8 @@ class JointConfusion(Metric):
 class JointErrors(Metric):
     """Histogram of each joint's error in units of the person's size.
 
-    ``bins`` equal bins from 0 to ``limit`` and one more for everything beyond. ``compute()`` returns ``edges (bins + 1,)``
-    and ``counts (K, bins + 1)`` int64.
+    ``bins`` equal bins from 0 to ``limit`` and one more for everything beyond. ``compute()`` returns ``edges (bins +
+    1,)`` and ``counts (K, bins + 1)`` int64.
     """
 
     full_state_update = False
