@@ -1,8 +1,12 @@
 """The command's root: what is not about bags (``mil``) or poses (``pose``)."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from amil_fast import environment
+from amil_fast.cli import mil
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -19,3 +23,20 @@ def info():
     Example: `amil info`
     """
     print(environment.format_info(environment.info()))
+
+
+app.add_typer(mil.app, name="mil")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for pictures and scores.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = 0,
+):
+    """Train on a made-up problem, no data needed, and draw what adjust pooling weighs. Under a minute on a CPU.
+
+    Example: `amil demo`
+    """
+    from amil_fast.cli.demo import show_demo
+
+    show_demo(out, seed)

@@ -1,0 +1,121 @@
+"""``amil mil``: bag classifiers on bag files."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from amil_fast.data.bags import load_bags
+from amil_fast.ops import adjust_pool
+from amil_fast.training.mil import MilSettings, cross_validate
+
+app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: classify bags of instances.")
+_DEFAULT = MilSettings()
+
+
+def fail(message):
+    """Ends the command with exit code 2 and one message instead of a traceback."""
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(message)}", highlight=False)
+    raise typer.Exit(2)
+
+
+def _plain(text):
+    return str(text).replace("[", r"\[")  # no Rich markup
+
+
+def progress_bar(console, quiet):
+    """A progress bar that stays silent where output is piped or ``quiet``."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
+    )
+
+
+def write_json(path, content):
+    """Writes JSON, making the folder; a place that can't be written ends the command."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        fail(f"{path}: can't be written: {error.strerror}")
+
+
+@app.command()
+def cv(
+    data: Annotated[Path, typer.Argument(help="Bag file (.npz with features, offsets, labels, folds).")],
+    pooling: Annotated[
+        str, typer.Option(help="adjust, mean, max, lse, attention or gated_attention.")
+    ] = _DEFAULT.pooling,
+    num_iters: Annotated[int, typer.Option(help="Iterations of adjust pooling.")] = _DEFAULT.num_iters,
+    hidden: Annotated[int, typer.Option(help="Width of every layer.")] = _DEFAULT.hidden,
+    depth: Annotated[int, typer.Option(help="Number of layers.")] = _DEFAULT.depth,
+    residual: Annotated[bool, typer.Option(help="Add up the levels' bag vectors.")] = _DEFAULT.residual,
+    deep_supervision: Annotated[bool, typer.Option(help="Score every level.")] = _DEFAULT.deep_supervision,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part; the last one counts.")] = _DEFAULT.epochs,
+    batch_size: Annotated[int, typer.Option(help="Bags per step.")] = _DEFAULT.batch_size,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = _DEFAULT.lr,
+    weight_decay: Annotated[float, typer.Option(help="Adam's weight decay.")] = _DEFAULT.weight_decay,
+    seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = _DEFAULT.seed,
+    backend: Annotated[str, typer.Option(help="Backend of adjust pooling.")] = _DEFAULT.backend,
+    at_once: Annotated[int, typer.Option(min=1, help="Folds trained side by side.")] = 50,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+):
+    """Repeated k-fold cross-validation of a bag classifier (MI-RNet) on the folds of a bag file.
+
+    Every feature is standardised by the training part of each fold, the model of the last epoch counts, the threshold
+    is 0.5; accuracy is the mean over folds, given as mean and standard deviation over repetitions.
+
+    Example: `amil mil cv musk1.npz --pooling adjust --json musk1.json`
+    """
+    options = dict(locals())
+    names = set(MilSettings.__dataclass_fields__)
+    console = Console(quiet=quiet)
+    try:
+        settings = MilSettings(**{name: value for name, value in options.items() if name in names})
+        adjust_pool(torch.zeros(1, 1, 1), backend=backend)  # whether it can serve at all, before anything is trained
+        bags = load_bags(data)
+    except (ValueError, RuntimeError) as error:
+        fail(error)
+    repetitions, folds, count = bags.folds.shape
+    sizes = bags.sizes
+    console.print(
+        f"{data}: {count} bags ({int(bags.labels.sum())} positive) of {sizes.min()} to {sizes.max()} "
+        f"instances, {bags.features.shape[0]} x {bags.features.shape[1]} features; {repetitions} x {folds} folds",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    with progress_bar(console, quiet) as progress:
+        task = progress.add_task("epochs", total=None)
+        result = cross_validate(
+            bags,
+            settings,
+            at_once=at_once,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(_cv_table(result))
+    if json_file is not None:
+        write_json(json_file, {"file": data.name, **result})
+        console.print(f"written: {json_file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _cv_table(result):
+    table = Table(title=f"pooling: {result['settings']['pooling']}", caption=f"{result['seconds']:.1f} s")
+    table.add_column("repetition")
+    table.add_column("accuracy", justify="right")
+    table.add_column("AUC", justify="right")
+    for repetition, accuracy in enumerate(result["per_repetition"]):
+        aucs = [f["auc"] for f in result["per_fold"] if f["repetition"] == repetition and f["auc"] is not None]
+        table.add_row(str(repetition + 1), f"{accuracy:.3f}", f"{sum(aucs) / len(aucs):.3f}" if aucs else "-")
+    table.add_section()
+    auc = result["auc_mean"]
+    table.add_row(
+        "mean", f"{result['accuracy_mean']:.3f} ± {result['accuracy_std']:.3f}", "-" if auc is None else f"{auc:.3f}"
+    )
+    return table

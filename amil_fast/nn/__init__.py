@@ -1,0 +1,33 @@
+"""Layers and networks over bags of instances: poolings, MI-RNet, and the losses of multiple-instance learning."""
+
+from amil_fast.nn.losses import NoisyOrLoss, level_loss, margin_loss, noisy_or_loss
+from amil_fast.nn.mirnet import MIRNet, MIROutput
+from amil_fast.nn.pooling import (
+    POOLINGS,
+    AdjustPool,
+    AttentionPool,
+    GatedAttentionPool,
+    LogSumExpPool,
+    MaxPool,
+    MeanPool,
+    make_pooling,
+)
+from amil_fast.nn.stacked import StackedMIRNet
+
+__all__ = [
+    "AdjustPool",
+    "MeanPool",
+    "MaxPool",
+    "LogSumExpPool",
+    "AttentionPool",
+    "GatedAttentionPool",
+    "POOLINGS",
+    "make_pooling",
+    "MIRNet",
+    "MIROutput",
+    "StackedMIRNet",
+    "margin_loss",
+    "level_loss",
+    "noisy_or_loss",
+    "NoisyOrLoss",
+]

@@ -1,0 +1,236 @@
+"""Training bag classifiers, and their repeated cross-validation.
+
+All folds of a cross-validation are models of one shape on parts of one data set, so several are trained side by side as
+one :class:`amil_fast.nn.StackedMIRNet`: a step is a handful of batched products and one pooling call per level for all
+of them, on as many threads as torch has.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from amil_fast.nn import POOLINGS, StackedMIRNet, level_loss
+
+
+@dataclass(frozen=True)
+class MilSettings:
+    """How a bag classifier is built and trained; the same for every fold."""
+
+    pooling: str = "adjust"
+    num_iters: int = 3
+    hidden: int = 128
+    depth: int = 3
+    residual: bool = True
+    deep_supervision: bool = True
+    epochs: int = 40
+    batch_size: int = 8  # bags
+    lr: float = 1e-3
+    weight_decay: float = 5e-3
+    seed: int = 0
+    backend: str = "auto"  # of adjust pooling
+
+    def __post_init__(self):
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        for name in ("num_iters", "hidden", "depth", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected a number of at least 0, got {self.weight_decay}")
+
+
+class BagClassifiers:
+    """Networks trained side by side, each with the standardisation of its own training part.
+
+    Args:
+        data: a :class:`amil_fast.data.bags.BagData`.
+        settings: a :class:`MilSettings`.
+        train: bool ``(members, bags)``: the training part of each member.
+        seeds: one sequence of ints per member; a member's start and the order of its bags depend on it alone.
+    """
+
+    def __init__(self, data, settings, train, seeds):
+        self.data, self.settings, self.train = data, settings, np.asarray(train)
+        self._rngs = [np.random.default_rng(seed) for seed in seeds]
+        self.net = StackedMIRNet(
+            len(self.train),
+            data.features.shape[1],
+            hidden=settings.hidden,
+            depth=settings.depth,
+            pooling=settings.pooling,
+            num_iters=settings.num_iters,
+            residual=settings.residual,
+            deep_supervision=settings.deep_supervision,
+            backend=settings.backend,
+        )
+        for member, rng in enumerate(self._rngs):
+            self.net.reset_member(member, torch.Generator().manual_seed(int(rng.integers(2**62))))
+        self._features = torch.from_numpy(data.features)
+        statistics = [_standardisation(data.features[data.rows(np.flatnonzero(part))[0]]) for part in self.train]
+        self.mean, self.inverse_std = (torch.stack(s)[:, None] for s in zip(*statistics, strict=True))
+
+    def fit(self, on_epoch=None):
+        """Trains for ``settings.epochs`` epochs; ``on_epoch(epoch)`` is called after each."""
+        s = self.settings
+        labels = torch.from_numpy(self.data.labels).float()
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        self.net.train()
+        for epoch in range(s.epochs):
+            for bags in self._batches(self._shuffled(), s.batch_size):
+                output = self._forward(bags)
+                real = torch.from_numpy(bags >= 0)
+                y = labels[torch.from_numpy(bags)]  # -1, the empty place, takes any label: its weight is 0
+                weight = real / real.sum(1, keepdim=True).clamp(min=1)
+                loss = level_loss(output.logits.flatten(1), y.flatten(), reduction="none").mean(0)
+                loss = (loss * weight.flatten()).sum()  # a sum over members: each one's gradient is its own
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if on_epoch is not None:
+                on_epoch(epoch)
+        self.net.eval()
+        return self
+
+    @torch.no_grad()
+    def predict(self, which):
+        """Probabilities of the bags marked in ``which``, bool ``(members, bags)``: float32 likewise, NaN elsewhere."""
+        which = np.asarray(which)
+        result = np.full(which.shape, np.nan, dtype=np.float32)
+        for bags in self._batches([np.flatnonzero(row) for row in which], max(self.settings.batch_size, 32)):
+            probabilities = self._forward(bags).probabilities.numpy()
+            member, place = np.nonzero(bags >= 0)
+            result[member, bags[member, place]] = probabilities[member, place]
+        return result
+
+    def _shuffled(self):
+        return [rng.permutation(np.flatnonzero(part)) for rng, part in zip(self._rngs, self.train, strict=True)]
+
+    @staticmethod
+    def _batches(orders, batch_size):
+        """Deals each member's bags out: yields int ``(members, <= batch_size)``, -1 where a member has no more."""
+        longest = max(len(order) for order in orders)
+        padded = np.full((len(orders), longest), -1)
+        for row, order in zip(padded, orders, strict=True):
+            row[: len(order)] = order
+        for start in range(0, longest, batch_size):
+            yield padded[:, start : start + batch_size]
+
+    def _forward(self, bags):
+        rows, cu_seqlens = pack(self.data, bags)
+        x = (self._features[torch.from_numpy(rows)] - self.mean) * self.inverse_std
+        return self.net(x, torch.from_numpy(cu_seqlens))
+
+
+def pack(data, bags):
+    """The instances of several members' bags, one behind the other.
+
+    Args:
+        bags: int ``(members, B)`` bag numbers, -1 for none.
+
+    Returns:
+        rows: int64 ``(members, n)`` row numbers of ``data.features``, n the largest number of instances of a member;
+            the rest is filled with row 0.
+        cu_seqlens: int64 ``(members, B + 1)``.
+    """
+    sizes = np.where(bags >= 0, data.sizes[bags], 0)
+    cu_seqlens = np.zeros((bags.shape[0], bags.shape[1] + 1), dtype=np.int64)
+    np.cumsum(sizes, axis=1, out=cu_seqlens[:, 1:])
+    rows = np.zeros((bags.shape[0], cu_seqlens[:, -1].max()), dtype=np.int64)
+    counts = sizes.ravel()
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    member = np.repeat(np.repeat(np.arange(bags.shape[0]), bags.shape[1]), counts)
+    column = np.repeat(cu_seqlens[:, :-1].ravel(), counts) + within
+    rows[member, column] = np.repeat(data.offsets[:-1][bags].ravel(), counts) + within
+    return rows, cu_seqlens
+
+
+def _standardisation(rows):
+    """Mean and 1/std of each feature as float32 tensors; a feature that is constant here is switched off (factor 0)."""
+    rows = rows.astype(np.float64)
+    mean, std = rows.mean(0), rows.std(0)
+    constant = std <= 1e-7 * np.abs(mean)  # float32 data: below this a deviation is rounding
+    inverse = np.where(constant, 0, 1 / np.where(constant, 1, std))
+    return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(inverse.astype(np.float32))
+
+
+def cross_validate(data, settings, *, at_once=10, on_progress=None):
+    """Repeated k-fold cross-validation on the folds of ``data``.
+
+    Each fold's model is trained on its training part (which also gives the standardisation) for the fixed number of
+    epochs and then applied to its test part once, at threshold 0.5.
+
+    Args:
+        data: a :class:`amil_fast.data.bags.BagData`.
+        settings: a :class:`MilSettings`.
+        at_once: how many folds are trained side by side.
+        on_progress: called with (epochs done, epochs in all) over all folds.
+
+    Returns:
+        A dict ready for JSON: ``accuracy_mean`` and ``accuracy_std`` (mean and standard deviation over repetitions of a
+        repetition's mean accuracy over folds; the deviation is that of a sample, 0 for one repetition), ``auc_mean``
+        (over the folds whose test part holds both classes, None where there is none), ``per_repetition``, ``per_fold``,
+        ``seconds``, ``settings``, ``data``.
+    """
+    begin = time.perf_counter()
+    repetitions, folds, bags = data.folds.shape
+    parts = data.folds.reshape(-1, bags)
+    probabilities = np.empty(parts.shape, dtype=np.float32)
+    done, total = 0, len(parts) * settings.epochs
+    for start in range(0, len(parts), at_once):
+        train = parts[start : start + at_once]
+        seeds = [(settings.seed, start + i) for i in range(len(train))]
+        members = len(train)
+        models = BagClassifiers(data, settings, train, seeds)
+
+        def on_epoch(epoch, before=done, members=members):
+            if on_progress is not None:
+                on_progress(before + (epoch + 1) * members, total)
+
+        probabilities[start : start + at_once] = models.fit(on_epoch).predict(~train)
+        done += members * settings.epochs
+
+    per_fold = []
+    for fold, (part, probability) in enumerate(zip(parts, probabilities, strict=True)):
+        test = ~part
+        per_fold.append(
+            {
+                "repetition": fold // folds,
+                "fold": fold % folds,
+                "bags": int(test.sum()),
+                "accuracy": float(((probability[test] >= 0.5) == data.labels[test]).mean()),
+                "auc": area_under_roc(probability[test], data.labels[test]),
+            }
+        )
+    accuracy = np.array([f["accuracy"] for f in per_fold]).reshape(repetitions, folds).mean(1)
+    aucs = [f["auc"] for f in per_fold if f["auc"] is not None]
+    return {
+        "accuracy_mean": float(accuracy.mean()),
+        "accuracy_std": float(accuracy.std(ddof=1)) if repetitions > 1 else 0.0,
+        "auc_mean": float(np.mean(aucs)) if aucs else None,
+        "per_repetition": accuracy.tolist(),
+        "per_fold": per_fold,
+        "seconds": time.perf_counter() - begin,
+        "settings": dataclasses.asdict(settings),
+        "data": {
+            "bags": bags,
+            "positive": int(data.labels.sum()),
+            "instances": int(data.features.shape[0]),
+            "features": int(data.features.shape[1]),
+            "repetitions": repetitions,
+            "folds": folds,
+        },
+    }
+
+
+def area_under_roc(scores, labels):
+    """Area under the ROC curve, ties counted half; None where one class is missing."""
+    if len(np.unique(labels)) < 2:
+        return None
+    from torchmetrics.functional.classification import binary_auroc
+
+    return float(binary_auroc(torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels)))

@@ -1,0 +1,94 @@
+"""``amil mil`` and ``amil demo``."""
+
+import json
+
+import numpy as np
+import pytest
+from test_mil_training import easy_bags
+from typer.testing import CliRunner
+
+from amil_fast import demo
+from amil_fast.cli.app import app
+from amil_fast.data.bags import save_bags
+
+
+def amil(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture
+def bag_file(tmp_path):
+    data = easy_bags()
+    save_bags(tmp_path / "easy.npz", data.features, data.offsets, data.labels, data.folds)
+    return tmp_path / "easy.npz"
+
+
+FAST = ("--epochs", 3, "--hidden", 8, "--backend", "reference")
+
+
+def test_cv_prints_a_table_and_writes_json(bag_file, tmp_path):
+    out = tmp_path / "new" / "result.json"
+    run = amil("mil", "cv", bag_file, "--pooling", "max", "--seed", 5, *FAST, "--json", out)
+    assert run.exit_code == 0, run.output
+    assert "30 bags (15 positive)" in run.output and "2 x 3 folds" in run.output
+    result = json.loads(out.read_text())
+    assert f"{result['accuracy_mean']:.3f} ± {result['accuracy_std']:.3f}" in run.output
+    keys = {"accuracy_mean", "accuracy_std", "auc_mean", "per_fold", "seconds", "settings", "data", "file"}
+    assert keys <= result.keys()
+    assert len(result["per_fold"]) == 6
+    assert result["settings"]["pooling"] == "max" and result["settings"]["epochs"] == 3
+    assert result["settings"]["seed"] == 5 and result["file"] == "easy.npz"
+
+
+def test_cv_quiet(bag_file):
+    run = amil("mil", "cv", bag_file, *FAST, "--quiet")
+    assert run.exit_code == 0 and run.output == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--pooling", "median"), "pooling: expected one of adjust, mean"),
+        (("--epochs", 0), "epochs: expected at least 1, got 0"),
+        (("--backend", "triton"), "backend 'triton' can't serve this call"),
+    ],
+)
+def test_cv_bad_options(bag_file, args, message):
+    run = amil("mil", "cv", bag_file, *args)
+    assert run.exit_code == 2
+    assert message in run.output and "Traceback" not in run.output
+
+
+def test_cv_bad_files(bag_file, tmp_path):
+    run = amil("mil", "cv", tmp_path / "absent.npz")
+    assert run.exit_code == 2 and "absent.npz: can't be read" in run.output
+    entries = dict(np.load(bag_file))
+    np.savez(bag_file, **(entries | {"labels": entries["labels"] + 1}))
+    run = amil("mil", "cv", bag_file)
+    assert run.exit_code == 2
+    assert "easy.npz: entry 'labels': expected 0 or 1, got [2] for bag 1" in run.output
+    assert "Traceback" not in run.output
+
+
+def test_cv_unwritable_json(bag_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    run = amil("mil", "cv", bag_file, *FAST, "--json", tmp_path / "file" / "x.json")
+    assert run.exit_code == 2 and "can't be written" in run.output
+
+
+def test_demo(tmp_path):
+    run = amil("demo", "--out", tmp_path / "demo", "--seed", 1)
+    assert run.exit_code == 0, run.output
+    assert "made-up" in run.output
+    scores = json.loads((tmp_path / "demo" / "mil_scores.json").read_text())
+    assert scores["problem"] == "made up"
+    assert scores["accuracy"] > 0.85 and scores["pointing"] > 0.9 > 0.3 > scores["by_chance"]
+    assert (tmp_path / "demo" / "mil_weights.png").stat().st_size > 20_000
+
+
+def test_made_up_bags():
+    bags = demo.make_bags(50, seed=0)
+    sizes = bags.cu_seqlens.diff()
+    assert sizes.min() >= 5 and sizes.max() <= 40 and bags.cu_seqlens[-1] == len(bags.features)
+    keys = [int(k.sum()) for k in bags.key.split(sizes.tolist())]
+    assert all((k > 0) == bool(label) for k, label in zip(keys, bags.labels, strict=True))

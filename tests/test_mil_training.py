@@ -1,0 +1,145 @@
+"""Training bag classifiers and cross-validating them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from amil_fast.data.bags import check_bag_data, load_bags, stratified_folds
+from amil_fast.nn import POOLINGS, MIRNet, level_loss
+from amil_fast.training.mil import BagClassifiers, MilSettings, area_under_roc, cross_validate, pack
+
+MUSK1 = Path(__file__).parents[1] / ".." / "shared" / "data" / "mil" / "musk1.npz"
+
+
+def easy_bags(bags=30, seed=0, folds=3):
+    """Bags that a mean can tell apart by feature 0; feature 1 has another scale, feature 2 is constant."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 8, bags)
+    labels = np.arange(bags) % 2
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    features = rng.normal(size=(offsets[-1], 4))
+    features[:, 0] += 3 * np.repeat(labels, sizes)
+    features[:, 1] = features[:, 1] * 1000 + 5000
+    features[:, 2] = 7
+    return check_bag_data(features, offsets, labels, stratified_folds(labels, 2, folds))
+
+
+def test_pack():
+    data = easy_bags(6)
+    bags = np.array([[2, 0, 5], [4, -1, -1], [-1, 3, 1]])
+    rows, cu_seqlens = pack(data, bags)
+    assert rows.shape[1] == cu_seqlens[:, -1].max()
+    for member in range(3):
+        for place, bag in enumerate(bags[member]):
+            got = rows[member, cu_seqlens[member, place] : cu_seqlens[member, place + 1]]
+            expected = range(data.offsets[bag], data.offsets[bag + 1]) if bag >= 0 else []
+            assert list(got) == list(expected)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_learns(pooling):
+    data = easy_bags(40)
+    result = cross_validate(data, MilSettings(pooling=pooling, hidden=16, epochs=30, lr=1e-2, backend="reference"))
+    assert result["accuracy_mean"] > 0.9 and result["auc_mean"] > 0.95
+
+
+def test_standardisation_sees_the_training_part_only():
+    data = easy_bags()
+    train = data.folds[0, :2]
+    settings = MilSettings(hidden=8, epochs=1, backend="reference")
+    models = BagClassifiers(data, settings, train, [(0, 0), (0, 1)])
+    for member in range(2):
+        rows = data.features[np.repeat(train[member], data.sizes)]
+        assert np.allclose(models.mean[member, 0], rows.mean(0), rtol=1e-5)
+        assert np.allclose(models.inverse_std[member, 0, [0, 1, 3]], 1 / rows.std(0)[[0, 1, 3]], rtol=1e-4)
+        assert models.inverse_std[member, 0, 2] == 0, "a constant feature is switched off"
+
+
+def test_test_bags_do_not_reach_the_model():
+    """Garbage in a fold's test bags changes neither its standardisation nor its parameters."""
+    data = easy_bags()
+    train = data.folds[0, :1]
+    features = data.features.copy()
+    features[np.repeat(~train[0], data.sizes)] = 1e4
+    other = check_bag_data(features, data.offsets, np.where(train[0], data.labels, 1 - data.labels), data.folds)
+    settings = MilSettings(hidden=8, epochs=3, backend="reference")
+    fitted = [BagClassifiers(d, settings, train, [(0, 0)]).fit() for d in (data, other)]
+    for a, b in zip(fitted[0].net.parameters(), fitted[1].net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_side_by_side_is_one_by_one():
+    data = easy_bags(23)  # folds of different sizes
+    settings = MilSettings(hidden=8, epochs=4, batch_size=4, backend="reference")
+    together = cross_validate(data, settings, at_once=6)
+    alone = cross_validate(data, settings, at_once=1)
+    for a, b in zip(together["per_fold"], alone["per_fold"], strict=True):
+        assert a["accuracy"] == b["accuracy"] and a["auc"] == pytest.approx(b["auc"], abs=0.1)
+    train = data.folds[0]
+    both = BagClassifiers(data, settings, train, [(1, i) for i in range(3)]).fit().predict(~train)
+    for i in range(3):
+        one = BagClassifiers(data, settings, train[i : i + 1], [(1, i)]).fit().predict(~train[i : i + 1])
+        assert np.allclose(both[i], one[0], atol=1e-4, equal_nan=True)
+        assert np.array_equal(np.isnan(both[i]), train[i])
+
+
+def test_one_step_is_adams_step_on_the_mean_loss():
+    """The stacked training step against a plain MIRNet, one optimiser step on one whole batch."""
+    data = easy_bags(10)
+    train = np.ones((1, 10), dtype=bool)
+    settings = MilSettings(hidden=8, epochs=1, batch_size=10, lr=1e-2, weight_decay=0.1, backend="reference")
+    models = BagClassifiers(data, settings, train, [(0, 0)])
+    net = MIRNet(4, hidden=8, backend="reference")
+    net.load_state_dict(models.net.member(0))
+    x = (torch.from_numpy(data.features) - models.mean[0]) * models.inverse_std[0]
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, weight_decay=0.1)
+    logits = net(x, cu_seqlens=torch.from_numpy(data.offsets)).logits
+    level_loss(logits, torch.from_numpy(data.labels)).backward()
+    optimizer.step()
+    models.fit()
+    for name, value in models.net.member(0).items():
+        assert torch.allclose(value, net.state_dict()[name], atol=1e-5), name
+
+
+def test_result_is_what_it_says():
+    data = easy_bags()
+    seen = []
+    settings = MilSettings(hidden=8, epochs=2, seed=3, backend="reference")
+    result = cross_validate(data, settings, at_once=4, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (12, 12) and seen == sorted(seen)
+    per_fold = result["per_fold"]
+    assert [(f["repetition"], f["fold"]) for f in per_fold] == [(r, f) for r in range(2) for f in range(3)]
+    by_repetition = np.array([f["accuracy"] for f in per_fold]).reshape(2, 3).mean(1)
+    assert result["accuracy_mean"] == pytest.approx(by_repetition.mean())
+    assert result["accuracy_std"] == pytest.approx(abs(by_repetition[0] - by_repetition[1]) / 2**0.5)
+    assert result["settings"]["seed"] == 3
+    assert cross_validate(data, settings, at_once=4)["per_fold"] == per_fold, "the same again"
+
+
+def test_area_under_roc():
+    assert area_under_roc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == pytest.approx(0.75)
+    assert area_under_roc(np.array([0.5, 0.5]), np.array([0, 1])) == pytest.approx(0.5)
+    assert area_under_roc(np.array([2.0, -3.0, 5.0]), np.array([0, 0, 1])) == pytest.approx(1.0)
+    assert area_under_roc(np.array([0.5, 0.6]), np.array([1, 1])) is None
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="pooling: expected one of"):
+        MilSettings(pooling="x")
+    with pytest.raises(ValueError, match="epochs: expected at least 1, got 0"):
+        MilSettings(epochs=0)
+    with pytest.raises(ValueError, match="lr: expected a positive number"):
+        MilSettings(lr=0)
+    with pytest.raises(ValueError, match="weight_decay"):
+        MilSettings(weight_decay=-1)
+
+
+@pytest.mark.skipif(not MUSK1.exists(), reason=f"the benchmark file {MUSK1} is not there")
+def test_musk1():
+    """One repetition of musk1, far fewer epochs than the default, is well above the 51 % of always saying positive."""
+    data = load_bags(MUSK1)
+    data = check_bag_data(data.features, data.offsets, data.labels, data.folds[:1])
+    result = cross_validate(data, MilSettings(pooling="mean", epochs=10))
+    assert result["accuracy_mean"] > 0.75
