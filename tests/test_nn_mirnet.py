@@ -135,7 +135,8 @@ def test_stacked_members_are_independent_networks(pooling):
         level_loss(expected.logits, labels).backward()
         gradients = dict(stacked.named_parameters())
         for name, parameter in alone.named_parameters():
-            assert torch.allclose(gradients[name].grad[member], parameter.grad, rtol=1e-10, atol=1e-14), name
+            grad = gradients[name].grad[member].t()  # a stacked linear layer's weight is (in, out)
+            assert torch.allclose(grad, parameter.grad, rtol=1e-10, atol=1e-14), name
 
 
 @pytest.mark.parametrize("pooling", ["adjust", "gated_attention"])

@@ -15,11 +15,12 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         bound = in_features**-0.5  # nn.Linear's initialisation
-        self.weight = nn.Parameter(torch.empty(members, out_features, in_features).uniform_(-bound, bound))
+        # Transposed against nn.Linear: a gradient then has its parameter's layout, which saves a copy a step.
+        self.weight = nn.Parameter(torch.empty(members, in_features, out_features).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, out_features).uniform_(-bound, bound))
 
     def forward(self, x):
-        return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
+        return torch.baddbmm(self.bias[:, None], x, self.weight)
 
     def extra_repr(self):
         return f"members={self.weight.shape[0]}, in_features={self.in_features}, out_features={self.out_features}"
@@ -70,7 +71,8 @@ class StackedMIRNet(MIRNet):
 
     def member(self, member):
         """State of one member, to be loaded into a :class:`MIRNet` made with the same arguments."""
-        return {name: value[member].clone() for name, value in self.state_dict().items()}
+        # A linear layer's weight is (in, out) here and (out, in) there.
+        return {name: value[member].clone().t().contiguous() for name, value in self.state_dict().items()}
 
     def forward(self, instances, cu_seqlens):
         members, n, _ = instances.shape
