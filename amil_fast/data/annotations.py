@@ -94,10 +94,11 @@ class Annotations:
         place = dict(zip(names, np.random.default_rng(seed).permutation(len(names)) % folds, strict=True))
         return np.array([place[name] == number for name in self.images])
 
-    def check(self, problems, entry_name):
+    def check(self, problems, entry_name, images=True):
         """Looks at every image's header and every joint's place; returns what is good.
 
         Args:
+            images: otherwise no image is looked for: only joints matter, as for scoring predictions.
             problems: a :class:`Problems` that raises at the first problem or collects them.
             entry_name: function of an index giving what to call that entry in messages.
 
@@ -111,13 +112,18 @@ class Annotations:
         for i, name in enumerate(self.images):
             if name not in known:
                 try:
-                    known[name] = image_size(safe_path(self.root, name))
+                    path = safe_path(self.root, name)
+                    known[name] = image_size(path) if images else None
                 except ValueError as error:  # DataError too
                     known[name] = error
             size = known[name]
             if isinstance(size, Exception):
                 problems.report(self.source, entry_name(i), str(size))
                 continue
+            good.append(i)
+            if size is None:
+                continue
+            sizes.append(size)
             excess = np.maximum(-joints[i], joints[i] - (np.array(size) - 1)).max(-1)
             inside = (excess <= OUTSIDE_TOLERANCE) | (derived & np.isfinite(excess))
             for k in np.flatnonzero(~inside & (visibility[i] > 0)):
@@ -128,10 +134,8 @@ class Annotations:
                     f"({x:g}, {y:g}) lies outside the image of {size[0]} x {size[1]} pixels",
                 )
                 visibility[i, k], joints[i, k] = 0, np.nan
-            good.append(i)
-            sizes.append(size)
         sized = replace(self, joints=joints, visibility=visibility)
         result = sized.subset(good) if len(good) < len(self) else sized
-        result.sizes = np.array(sizes, np.int64).reshape(-1, 2)
+        result.sizes = np.array(sizes, np.int64).reshape(-1, 2) if images else None
         result.left_out = [*self.left_out, *problems.left_out]
         return result

@@ -12,13 +12,16 @@ from amil_fast.pose.skeletons import COCO17, get_skeleton
 _MARGIN = 1.25
 
 
-def load_coco(root, split="val2017", *, skip_bad=False, annotations=None, images=None, skeleton=COCO17):
+def load_coco(
+    root, split="val2017", *, skip_bad=False, check_images=True, annotations=None, images=None, skeleton=COCO17
+):
     """People with at least one annotated joint (and no crowds) of a COCO keypoints file.
 
     Args:
         root: folder with ``annotations/`` and the images' folder.
         split: ``"train2017"``, ``"val2017"``, or whatever ``annotations/person_keypoints_<split>.json`` exists.
         skip_bad: leave out and list what is bad instead of raising.
+        check_images: see that the images are there and whole; without, only the joints are of use.
         annotations, images: file and folder, where they lie elsewhere; the folder's default is ``<root>/<split>``, or
             ``<root>/images/<split>`` or ``<root>/images`` where that exists instead.
         skeleton: what the K joints of the file are.
@@ -77,4 +80,4 @@ def load_coco(root, split="val2017", *, skip_bad=False, annotations=None, images
         margin=_MARGIN,
         ids=ids,
     )
-    return result.check(problems, lambda i: f"annotations[{entries[i]}]")
+    return result.check(problems, lambda i: f"annotations[{entries[i]}]", check_images)

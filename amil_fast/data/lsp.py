@@ -20,7 +20,7 @@ _JOINTS_MARGIN = 1.25
 _LSPET_VALIDATION = 500
 
 
-def load_lsp(root, split="train", *, crop="image", skip_bad=False):
+def load_lsp(root, split="train", *, crop="image", skip_bad=False, check_images=True):
     """LSP: the first half (published: 1,000 of 2,000) for ``"train"``, the rest for ``"test"``, or ``"all"``.
 
     Args:
@@ -28,6 +28,7 @@ def load_lsp(root, split="train", *, crop="image", skip_bad=False):
         crop: ``"image"``: the crop covers the whole image, as test crops must, which may know nothing of the joints;
             ``"joints"``: it is put around the annotated joints.
         skip_bad: leave out and list what is bad instead of raising.
+        check_images: see that the images are there and whole; without, only the joints are of use.
 
     Returns:
         :class:`Annotations`. Raises DataError naming file and entry.
@@ -37,10 +38,10 @@ def load_lsp(root, split="train", *, crop="image", skip_bad=False):
     def read(raw):
         return raw[:2].transpose(2, 1, 0), np.where(raw[2].T == 0, 2, 1)
 
-    return _load(root, split, splits, crop, skip_bad, axes=(3, 14), digits=4, read=read)
+    return _load(root, split, splits, crop, skip_bad, check_images, axes=(3, 14), digits=4, read=read)
 
 
-def load_lspet(root, split="train", *, crop="image", skip_bad=False):
+def load_lspet(root, split="train", *, crop="image", skip_bad=False, check_images=True):
     """LSPET: all but the last 500 images for ``"train"``, these for ``"val"``, or ``"all"``. Arguments as for LSP."""
 
     def training(S):
@@ -59,10 +60,10 @@ def load_lspet(root, split="train", *, crop="image", skip_bad=False):
     def read(raw):
         return raw[:, :2].transpose(2, 0, 1), np.where(raw[:, 2].T != 0, 2, 0)
 
-    return _load(root, split, splits, crop, skip_bad, axes=(14, 3), digits=5, read=read)
+    return _load(root, split, splits, crop, skip_bad, check_images, axes=(14, 3), digits=5, read=read)
 
 
-def _load(root, split, splits, crop, skip_bad, *, axes, digits, read):
+def _load(root, split, splits, crop, skip_bad, check_images, *, axes, digits, read):
     root = Path(root)
     if split not in splits:
         raise ValueError(f"split: expected one of {', '.join(map(repr, splits))}, got {split!r}")
@@ -79,7 +80,7 @@ def _load(root, split, splits, crop, skip_bad, *, axes, digits, read):
     S = len(joints)
     problems = Problems(skip_bad)
     files = len(list((root / "images").glob("im*.jpg")))
-    if files != S:
+    if check_images and files != S:
         problems.report(source, "", f"it has {S} entries, but {root / 'images'} holds {files} files im*.jpg")
 
     images = [f"images/im{i + 1:0{digits}d}.jpg" for i in range(S)]
@@ -101,4 +102,4 @@ def _load(root, split, splits, crop, skip_bad, *, axes, digits, read):
         ids=list(range(1, S + 1)),
     )
     chosen = everything.subset(np.array(splits[split](S), np.int64))
-    return chosen.check(problems, lambda i: f"entry {chosen.ids[i] - 1}")
+    return chosen.check(problems, lambda i: f"entry {chosen.ids[i] - 1}", check_images)

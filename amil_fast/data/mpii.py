@@ -19,13 +19,14 @@ _MARGIN = 1.25
 _MATLAB_FILE = "mpii_human_pose_v1_u12_1.mat"
 
 
-def load_mpii(root, split="train", *, skip_bad=False, annotations=None, head_boxes=None):
+def load_mpii(root, split="train", *, skip_bad=False, check_images=True, annotations=None, head_boxes=None):
     """MPII from HRNet's JSON files: ``annot/<split>.json`` and ``images/``.
 
     Args:
         root: the data set's folder.
         split: ``"train"``, ``"valid"`` (Tompson's 2,958 people), ``"trainval"`` or ``"test"`` (no joints).
         skip_bad: leave out and list what is bad instead of raising.
+        check_images: see that the images are there and whole; without, only the joints are of use.
         annotations: the JSON file, where it lies elsewhere.
         head_boxes: ``gt_valid.mat``, for the split ``"valid"``; by default ``annot/gt_valid.mat`` where it exists.
             Without it the head size is computed from upper neck and head top.
@@ -57,7 +58,7 @@ def load_mpii(root, split="train", *, skip_bad=False, annotations=None, head_box
             if len(boxes) != len(rows):
                 raise DataError(f"{head_boxes}: {len(boxes)} head boxes, but {source} has {len(rows)} people")
             boxes = boxes[entries]
-    return _annotations(source, root, people, entries, boxes, problems)
+    return _annotations(source, root, people, entries, boxes, problems, check_images)
 
 
 def read_head_boxes(path):
@@ -70,7 +71,7 @@ def read_head_boxes(path):
     return raw.transpose(2, 0, 1).reshape(-1, 4).astype(np.float64)
 
 
-def load_mpii_mat(root, split="trainval", *, skip_bad=False, annotations=None, tompson=None):
+def load_mpii_mat(root, split="trainval", *, skip_bad=False, check_images=True, annotations=None, tompson=None):
     """MPII from the official MATLAB file.
 
     Args:
@@ -78,6 +79,7 @@ def load_mpii_mat(root, split="trainval", *, skip_bad=False, annotations=None, t
         split: ``"trainval"``: everybody annotated in a training image; ``"valid"``: Tompson's validation people;
             ``"train"``: the others; ``"test"``: people of test images that have a place and a scale.
         skip_bad: leave out and list what is bad instead of raising.
+        check_images: see that the images are there and whole; without, only the joints are of use.
         annotations: the MATLAB file, where it lies elsewhere.
         tompson: file with ``RELEASE_img_index`` and ``RELEASE_person_index`` (``detections.mat`` of Tompson's split),
             for ``"train"`` and ``"valid"``.
@@ -116,7 +118,7 @@ def load_mpii_mat(root, split="trainval", *, skip_bad=False, annotations=None, t
                 boxes.append([float(corner) if np.size(corner) else np.nan for corner in corners])
             except (AttributeError, TypeError, ValueError, IndexError) as error:
                 problems.report(source, f"image {i}, person {j}", _reason(error))
-    return _annotations(source, root, people, entries, np.array(boxes).reshape(-1, 4), problems)
+    return _annotations(source, root, people, entries, np.array(boxes).reshape(-1, 4), problems, check_images)
 
 
 def _listed(value):
@@ -167,7 +169,7 @@ def _person(name, center, scale, joints, visibility):
     return name, joints, visibility, (x + 0.5 - side / 2, y + 0.5 - side / 2, side, side)
 
 
-def _annotations(source, root, people, entries, head_boxes, problems):
+def _annotations(source, root, people, entries, head_boxes, problems, check_images):
     names, joints, visibility, boxes = zip(*people, strict=True) if people else ((), (), (), ())
     joints, visibility = np.array(joints).reshape(-1, _K, 2), np.array(visibility).reshape(-1, _K)
     a, b = MPII16.head_segment
@@ -193,7 +195,7 @@ def _annotations(source, root, people, entries, head_boxes, problems):
             f"image {entries[i][0]}, person {entries[i][1]}" if isinstance(entries[i], tuple) else f"entry {entries[i]}"
         )
 
-    return result.check(problems, entry_name)
+    return result.check(problems, entry_name, check_images)
 
 
 def _reason(error):

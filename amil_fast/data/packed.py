@@ -1,9 +1,9 @@
 """Packed data sets: crops in one file, for fast and portable training.
 
-``NAME`` holds the crops: 8 bytes ``AMILPACK``, the format's version and a reserved zero as little-endian uint32, then one
-JPEG after the other. ``NAME.index`` is a safetensors file: where each JPEG begins, the annotations, the matrix from every
-crop to its image, and (as JSON in its metadata) names and settings with the size and SHA-256 of ``NAME``. The same data
-and settings give the same bytes.
+``NAME`` holds the crops: 8 bytes ``AMILPACK``, the format's version and a reserved zero as little-endian uint32, then
+one JPEG after the other. ``NAME.index`` is a safetensors file: where each JPEG begins, the annotations, the matrix from
+every crop to its image, and (as JSON in its metadata) names and settings with the size and SHA-256 of ``NAME``. The
+same data and settings give the same bytes.
 """
 
 import hashlib
@@ -136,8 +136,8 @@ class PackedDataset(PoseDataset):
         augmentation, seed: as for PoseDataset.
         indices: use only these people (numbers, or a mask such as ``annotations.fold_mask`` returns).
         on_device: leave the warp to :meth:`augment`, on the training device. ``image`` is then the stored picture
-            ``(3, P, P)``, and the samples have ``warp (2, 3)`` and ``color (3, 4)`` besides; the joints are already those
-            of the crop to come.
+            ``(3, P, P)``, and the samples have ``warp (2, 3)`` and ``color (3, 4)`` besides; the joints are already
+            those of the crop to come.
 
     Raises:
         DataError: no such file, another format or version, or an index of another file.

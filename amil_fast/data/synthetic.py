@@ -1,8 +1,8 @@
 """Drawn figures: articulated people, drawn on the fly from a seed, so that demos and tests need no download.
 
-A figure has all joints of all skeletons; right and left limbs wear different colours, the same for all figures (the right
-side is dressed in cold colours, the left side in warm ones), which is what tells left from right where the pose doesn't.
-Limbs hide each other, furniture hides limbs, and the background holds limb-like clutter in the same colours.
+A figure has all joints of all skeletons; right and left limbs wear different colours, the same for all figures (the
+right side is dressed in cold colours, the left side in warm ones), which is what tells left from right where the pose
+doesn't. Limbs hide each other, furniture hides limbs, and the background holds limb-like clutter in the same colours.
 """
 
 import cv2
@@ -42,8 +42,8 @@ class DrawnFigures(torch.utils.data.Dataset):
         occlusion: probability that an object is drawn in front of the figure.
         augmentation: an :class:`~amil_fast.data.augment.Augmentation` on top, depending on (seed, epoch, index).
 
-    Samples are those of :class:`~amil_fast.data.dataset.PoseDataset`; ``visibility`` is 1 where something is drawn over the
-    joint. The "image" is the drawn picture of ``size`` x ``size`` pixels.
+    Samples are those of :class:`~amil_fast.data.dataset.PoseDataset`; ``visibility`` is 1 where something is drawn over
+    the joint. The "image" is the drawn picture of ``size`` x ``size`` pixels.
     """
 
     def __init__(self, length=1000, size=128, *, skeleton="lsp14", seed=0, occlusion=0.5, augmentation=None):

@@ -179,11 +179,10 @@ def comparison_sheet(crops, targets, predictions, valid, errors, *, skeleton, nu
             image, to_image = crops(i)
             linear = np.linalg.inv(np.asarray(to_image)[:, :2])
 
-            def in_crop(points, linear=linear, origin=np.asarray(to_image)[:, 2]):
-                return (np.asarray(points) - origin) @ linear.T
-
+            origin = np.asarray(to_image)[:, 2]
             for points, shown, what in ((targets[i], valid[i], "truth"), (predictions[i], None, "prediction")):
-                row.append(pose_tile(image, in_crop(points), shown, skeleton=skeleton, side=side))
+                in_crop = (np.asarray(points) - origin) @ linear.T
+                row.append(pose_tile(image, in_crop, shown, skeleton=skeleton, side=side))
                 texts.append(f"#{i} {what}" + (f", error {errors[i]:.2f}" if what == "prediction" else ""))
         rows.append(row)
         captions.append(texts)

@@ -58,7 +58,8 @@ class PCK(Metric):
     ``compute()`` returns a dict: ``thresholds (T,)``, ``joints (T, K)``, ``groups`` name -> ``(T,)``, ``mean (T,)``
     (over the skeleton's scored joints, weighted by their number, as the MPII and LSP papers do), ``mean_of_joints
     (T,)`` (their plain average), ``auc`` name -> scalar for the mean and each group, all float64 fractions;
-    ``counted (K,)``, ``samples``, ``unmeasured``, int64. (With one threshold torchmetrics turns every ``(1,)`` of it into a scalar.)
+    ``counted (K,)``, ``samples``, ``unmeasured``, int64. (With a single threshold torchmetrics makes every ``(1,)``
+    of it a scalar.)
     """
 
     full_state_update = False
