@@ -36,6 +36,8 @@ if X86_64:
     INSTRUCTION_SETS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
+# Sources of csrc/simd that are compiled without fused multiply-adds: all copies, and CUDA, return the same bits.
+NO_FMA = ("decode_maps",)
 # SASS for these where nvcc knows them, PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("75", "80", "86", "89", "90", "100")
 
@@ -116,8 +118,10 @@ class BuildExtension(build_ext):
             for source in sorted((ROOT / "csrc").glob("*.cpp")):
                 compile_cxx(source, f"{source.stem}.o", python_includes if source.stem == "bindings" else [])
             for source in sorted((ROOT / "csrc" / "simd").glob("*.cpp")):
+                contract = "off" if source.stem in NO_FMA else "fast"
                 for isa, flags in INSTRUCTION_SETS.items():
-                    compile_cxx(source, f"{source.stem}.{isa}.o", [f"-DAMIL_ISA={isa}", "-ffp-contract=fast", *flags])
+                    compile_cxx(source, f"{source.stem}.{isa}.o",
+                                [f"-DAMIL_ISA={isa}", f"-ffp-contract={contract}", *flags])  # fmt: skip
             libraries = []
             if cuda_sources:
                 # fmad=false: the same arithmetic, bit for bit, as the host compiles from the shared headers

@@ -6,7 +6,7 @@ them, and everything below ``amil_fast.pose``, ``data``, ``evaluation`` and ``tr
 
 import importlib
 
-from amil_fast.ops import adjust_pool
+from amil_fast.ops import adjust_pool, decode_heatmaps, soft_argmax
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ _LAZY = {
     "training": None,
 }
 
-__all__ = ["__version__", "adjust_pool", "AdjustPool", "MIRNet", "info"]
+__all__ = ["__version__", "adjust_pool", "decode_heatmaps", "soft_argmax", "AdjustPool", "MIRNet", "info"]
 
 
 def __getattr__(name):

@@ -3,10 +3,79 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "adjust_pool.h"
 #include "build_info.h"
+#include "decode_heatmaps.h"
 #include "instruction_set.h"
 
 namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+amil::Bags make_bags(uintptr_t instances, int dtype, int64_t B, int64_t N, int64_t D, int64_t bag_stride,
+                     int64_t row_stride, uintptr_t offsets, uintptr_t lengths, uintptr_t mask, int T, int num_threads) {
+    return {pointer<const void>(instances),
+            static_cast<amil::Dtype>(dtype),
+            B,
+            N,
+            D,
+            bag_stride,
+            row_stride,
+            pointer<const int64_t>(offsets),
+            pointer<const int64_t>(lengths),
+            pointer<const uint8_t>(mask),
+            T,
+            num_threads};
+}
+
+// A call's description with the array it points into.
+struct DecodeCall {
+    std::vector<int64_t> swap;
+    amil::DecodeCall call;
+};
+
+using Sizes = std::array<int64_t, 4>;
+
+DecodeCall make_decode_call(uintptr_t heatmaps, Sizes strides, uintptr_t flipped, Sizes flipped_strides,
+                            std::vector<int64_t> swap, bool shift_flipped, int dtype, Sizes shape, int refine,
+                            int convention, int blur_kernel, uintptr_t center, uintptr_t scale, uintptr_t affine,
+                            uintptr_t coords, uintptr_t scores) {
+    DecodeCall made{std::move(swap), {}};
+    amil::DecodeCall& call = made.call;
+    call.heatmaps = pointer<const void>(heatmaps);
+    std::tie(call.stride_b, call.stride_k, call.stride_y, call.stride_x) = std::tuple_cat(strides);
+    call.flipped = pointer<const void>(flipped);
+    std::tie(call.flipped_stride_b, call.flipped_stride_k, call.flipped_stride_y, call.flipped_stride_x) =
+        std::tuple_cat(flipped_strides);
+    call.swap = made.swap.data();  // moves with the vector
+    call.shift_flipped = shift_flipped;
+    call.dtype = static_cast<amil::Dtype>(dtype);
+    call.B = shape[0];
+    call.K = shape[1];
+    call.H = static_cast<int>(shape[2]);
+    call.W = static_cast<int>(shape[3]);
+    call.refine = static_cast<amil::Refine>(refine);
+    call.convention = static_cast<amil::Convention>(convention);
+    call.blur_kernel = blur_kernel;
+    call.center = pointer<const float>(center);
+    call.scale = pointer<const float>(scale);
+    call.affine = pointer<const float>(affine);
+    call.coords = pointer<float>(coords);
+    call.scores = pointer<float>(scores);
+    return made;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled part of amil_fast; use it through amil_fast.ops.";
@@ -15,4 +84,35 @@ PYBIND11_MODULE(_C, m) {
     m.def("usable_instruction_sets", &amil::usable_instruction_sets);
     m.def("instruction_set", &amil::instruction_set_name);
     m.def("set_instruction_set", &amil::set_instruction_set, py::arg("name"));
+
+    py::class_<amil::Bags>(m, "Bags").def(py::init(&make_bags));
+    m.def("adjust_pool_forward",
+          [](const amil::Bags& bags, uintptr_t bag, uintptr_t weights, uintptr_t sigma, uintptr_t lse) {
+              py::gil_scoped_release release;
+              amil::adjust_pool_forward(
+                  bags, {pointer<void>(bag), pointer<void>(weights), pointer<void>(sigma), pointer<void>(lse)});
+          });
+    m.def("adjust_pool_backward", [](const amil::Bags& bags, uintptr_t grad_bag, uintptr_t grad_weights,
+                                     uintptr_t sigma, uintptr_t lse, bool detach_routing, uintptr_t grad_instances) {
+        py::gil_scoped_release release;
+        amil::adjust_pool_backward(
+            bags, {pointer<const void>(grad_bag), pointer<const void>(grad_weights), pointer<const void>(sigma),
+                   pointer<const void>(lse), detach_routing, pointer<void>(grad_instances)});
+    });
+
+    py::class_<DecodeCall>(m, "DecodeCall").def(py::init(&make_decode_call));
+    m.def("decode_heatmaps_cpu", [](const DecodeCall& made, int num_threads) {
+        py::gil_scoped_release release;
+        amil::decode_heatmaps_cpu(made.call, num_threads);
+    });
+#if AMIL_WITH_CUDA
+    m.def("decode_heatmaps_cuda", [](const DecodeCall& made, int device, uintptr_t stream) {
+        py::gil_scoped_release release;
+        amil::decode_heatmaps_cuda(made.call, device, pointer<void>(stream));
+    });
+#endif
+    m.def("blur_weights", [](int blur_kernel) {
+        const amil::BlurWeights blur = amil::blur_weights(blur_kernel);
+        return std::vector<double>(blur.weights, blur.weights + blur.radius + 1);
+    });
 }
