@@ -1,7 +1,7 @@
 """A network for tests, with exact answers: it finds LSP's joints painted as dots of known colours.
 
-Left and right joint of a pair have one colour; the right one is that in the left half of the crop, so that, as for a real
-network, the mirror image of a person is a person with left and right exchanged.
+Left and right joint of a pair have one colour; the right one is that in the left half of the crop, so that, as for a
+real network, the mirror image of a person is a person with left and right exchanged.
 """
 
 import numpy as np

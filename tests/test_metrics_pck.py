@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 import amil_fast
 from amil_fast.evaluation import PCK, JointConfusion, JointErrors, PCKh, head_size, head_size_from_joints, pair_distance
 from amil_fast.metrics import area_under_curve, pck
-from amil_fast.pose.skeletons import COCO17, LSP14, MPII16, SKELETONS, get_skeleton
+from amil_fast.pose.skeletons import COCO17, LSP14, MPII16, SKELETONS, Skeleton, get_skeleton
 
 MPII = Path(__file__).parents[1] / ".." / "shared" / "data" / "mpii"
 needs_mpii = pytest.mark.skipif(not MPII.exists(), reason=f"{MPII} is not here")
@@ -294,3 +294,14 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for rank in range(2):
         for one, other in zip(flat(metrics), torch.load(tmp_path / f"{rank}.pt", weights_only=True), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_skeletons_travel_between_processes():
+    import copy
+    import pickle
+
+    for skeleton in SKELETONS.values():
+        assert pickle.loads(pickle.dumps(skeleton)) is skeleton is copy.deepcopy(skeleton)
+    own = Skeleton("own", ("left a", "right a"), ("la", "ra"), ((0, 1),), {"head": (0,)}, (0, 1), {})
+    again = pickle.loads(pickle.dumps(own))
+    assert again.joints == own.joints and again.mirror_pairs == ((0, 1),)

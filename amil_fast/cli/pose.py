@@ -154,8 +154,8 @@ def predict(
 ):
     """Find the joints of people in images and videos.
 
-    Writes `predictions.json` (COCO results, with box and file name) and overlays. What can't be read is reported and the
-    rest goes on; the exit code is 1 then, and 0 where all went well.
+    Writes `predictions.json` (COCO results, with box and file name) and overlays. What can't be read is reported and
+    the rest goes on; the exit code is 1 then, and 0 where all went well.
 
     `--boxes`: an object `{"photo.jpg": [[x, y, width, height], ...]}`, or a list of rows with `bbox` and `file_name`
     or `image_id`, and `frame` for videos.

@@ -26,7 +26,7 @@ _PART = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Skeleton:
     """A set of K joints.
 
@@ -74,6 +74,12 @@ class Skeleton:
             ("limb_colors", limb_colors),
         ):
             object.__setattr__(self, name, value)
+
+    def __reduce__(self):
+        # In another process (a worker of a loader) it is again the very object that SKELETONS has there.
+        if SKELETONS.get(self.name) is self:
+            return get_skeleton, (self.name,)
+        return super().__reduce__()
 
     @property
     def num_joints(self):
@@ -145,12 +151,13 @@ def _skeleton(name, joints, short_names, limbs, head, scored=None, **options):
         joints=joints,
         short_names=tuple(short_names.split()),
         limbs=tuple(indices(limb.split("-")) for limb in limbs.split(", ")),
-        groups=MappingProxyType(groups),
+        groups=groups,
         scored=tuple(k for k, joint in enumerate(joints) if joint not in unscored),
         # "paper" is Eq. 21 of AMIL, "lsp" what the usual LSP toolkit divides by.
-        normalizer_pairs=MappingProxyType(
-            {"paper": indices(("left hip", "right shoulder")), "lsp": indices(("left shoulder", "right hip"))}
-        ),
+        normalizer_pairs={
+            "paper": indices(("left hip", "right shoulder")),
+            "lsp": indices(("left shoulder", "right hip")),
+        },
         **options,
     )
 
