@@ -1,4 +1,4 @@
-"""The compiled backends of heatmap decoding: hand tensors to ``csrc/decode_heatmaps`` as addresses, sizes and strides."""
+"""The compiled backends of heatmap decoding: hand tensors to ``csrc`` as addresses, sizes and strides."""
 
 import torch
 
@@ -47,8 +47,10 @@ def decode_cpp(heatmaps, *arguments):
 
 
 def decode_cuda(heatmaps, *arguments):
-    """The same on the current stream of the maps' device. ``kept_alive`` may go before the kernel has run: it is freed for
-    work on the same stream only."""
+    """The same on the current stream of the maps' device.
+
+    ``kept_alive`` may go before the kernel has run: its memory is reused for work on the same stream only.
+    """
     coords, scores, call, kept_alive = _prepare(heatmaps, *arguments)
     device = heatmaps.device.index
     native().decode_heatmaps_cuda(call, device, torch.cuda.current_stream(device).cuda_stream)

@@ -1,7 +1,7 @@
 """Heatmap decoding in plain PyTorch, as the public pose repositories do it: the specification of the other backends.
 
-Whole maps are blurred, rescaled, clamped and logged; then a few values are gathered around each maximum. The maximum is taken
-in float32 (float64 for float64 maps), all refinement in float64.
+Whole maps are blurred, rescaled, clamped and logged; then a few values are gathered around each maximum. The maximum
+is taken in float32 (float64 for float64 maps), all refinement in float64.
 """
 
 import math
@@ -43,7 +43,8 @@ def decode_heatmaps_reference(
         matrix = affine.float().double()
         coords = torch.einsum("bij,bkj->bki", matrix[:, :, :2], coords) + matrix[:, None, :, 2]
     elif center is not None:
-        coords = _to_image(coords, center.float().double()[:, None], scale.float().double()[:, None], H, W, refine, convention)
+        center, scale = (t.float().double()[:, None] for t in (center, scale))
+        coords = _to_image(coords, center, scale, H, W, refine, convention)
     return coords.float(), maximum.float()
 
 
@@ -68,7 +69,7 @@ def blur_weights(blur_kernel):
 
 
 def blur(h, blur_kernel):
-    """Blurs maps ``(B, K, H, W)``; zeros surround them. Sums over taps: at these sizes that is as quick as a convolution."""
+    """Blurs maps ``(B, K, H, W)``; zeros surround them."""
     H, W = h.shape[-2:]
     w = blur_weights(blur_kernel)
     padded = F.pad(h, [blur_kernel // 2] * 4)

@@ -21,9 +21,9 @@ def check_float_maps(heatmaps, name, axes=2):
 
 
 def check_pairs(flip_pairs, K):
-    """Pairs of joints as a list: entry k is the joint that takes joint k's place in the mirror (k itself if it has no pair)."""
+    """Pairs of joints as a list: entry k is the joint in joint k's place in the mirror, k if it has no pair."""
     if isinstance(flip_pairs, torch.Tensor):
-        raise TypeError("flip_pairs: expected a sequence of pairs of ints, got a torch.Tensor; pass flip_pairs.tolist()")
+        raise TypeError("flip_pairs: expected a sequence of pairs of ints, got a torch.Tensor; pass its .tolist()")
     try:
         pairs = [(operator.index(a), operator.index(b)) for a, b in flip_pairs]
     except (TypeError, ValueError):

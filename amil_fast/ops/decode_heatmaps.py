@@ -45,47 +45,50 @@ def decode_heatmaps(
 ):
     r"""Finds each joint's position in its heatmap, to a fraction of a pixel, and takes it back to the image.
 
-    ``convention="hrnet"``, ``refine="none"`` without a transform equals ``heatmaps.flatten(2).argmax(-1)`` written as (x, y),
-    with ``heatmaps.amax((2, 3))`` as scores. The other settings reproduce what HRNet, DarkPose and mmpose do in NumPy
-    and OpenCV.
+    ``convention="hrnet"``, ``refine="none"`` without a transform equals ``heatmaps.flatten(2).argmax(-1)`` written as
+    (x, y), with ``heatmaps.amax((2, 3))`` as scores. The other settings reproduce what HRNet, DarkPose and mmpose do
+    in NumPy and OpenCV.
 
     Args:
-        heatmaps: ``(B, K, H, W)``, float16, bfloat16, float32 or float64, CPU or CUDA, any strides. Unit stride along W is
-            read fastest.
+        heatmaps: ``(B, K, H, W)``, float16, bfloat16, float32 or float64, CPU or CUDA, any strides. Unit stride along
+            W is read fastest.
         refine: what is added to the position of the maximum:
 
             - ``"none"``: nothing;
             - ``"quarter"``: 0.25 px towards the greater neighbour in x and in y;
-            - ``"dark"``: the Newton step on the logarithm of the Gaussian-blurred map, second derivatives over ±2 px (DarkPose,
-              mmpose's ``refine_keypoints_dark``); none within 2 px of the edge;
-            - ``"dark_udp"``: the same over ±1 px with the map continued past its edge (mmpose's ``refine_keypoints_dark_udp``).
+            - ``"dark"``: the Newton step on the logarithm of the Gaussian-blurred map, second derivatives over ±2 px
+              (DarkPose, mmpose's ``refine_keypoints_dark``); none within 2 px of the edge;
+            - ``"dark_udp"``: the same over ±1 px with the map continued past its edge (mmpose's
+              ``refine_keypoints_dark_udp``).
         convention: the project whose rules are followed:
 
-            - near the edge, ``"quarter"`` moves both coordinates or none (``"hrnet"``, ``"darkpose"``), or decides for each
-              (``"mmpose"``);
+            - near the edge, ``"quarter"`` moves both coordinates or none (``"hrnet"``, ``"darkpose"``), or decides
+              for each (``"mmpose"``);
             - where a map's maximum is not positive, the joint is at (0, 0) (``"hrnet"``, ``"darkpose"``) or (-1, -1)
               (``"mmpose"``) in heatmap pixels, unrefined, and like any other point taken to the image;
             - ``center`` and ``scale`` map to the image by its formula (below).
-        blur_kernel: size in pixels of the blur of ``"dark"`` and ``"dark_udp"``, odd, 1 to 255: OpenCV's Gaussian of that size,
-            standard deviation ``0.3 ((k - 1) / 2 - 1) + 0.8`` (for k <= 9 OpenCV's table). 1 doesn't blur.
-        flipped: ``(B, K, H, W)``, the heatmaps of the mirrored crop, dtype and device of ``heatmaps``: they are mirrored back
-            and averaged in on the fly, ``(heatmaps + mirrored back) / 2``.
+        blur_kernel: size in pixels of the blur of ``"dark"`` and ``"dark_udp"``, odd, 1 to 255: OpenCV's Gaussian of
+            that size, standard deviation ``0.3 ((k - 1) / 2 - 1) + 0.8`` (for k <= 9 OpenCV's table). 1 doesn't blur.
+        flipped: ``(B, K, H, W)``, the heatmaps of the mirrored crop, dtype and device of ``heatmaps``: they are
+            mirrored back and averaged in on the fly, ``(heatmaps + mirrored back) / 2``.
         flip_pairs: the pairs of joints that swap places in the mirror, such as ``[(1, 2), (3, 4)]``; needed with
             ``flipped``, ``()`` where no joints swap.
         shift_flipped: shift the mirrored-back maps by one pixel to the right, as HRNet does (its ``SHIFT_HEATMAP``).
             Wrong for models trained with UDP's or DARK's unbiased mirror.
-        center, scale: ``(B, 2)``, floating: centre of the crop in image pixels and its size in units of 200 px (HRNet's).
-            With p = heatmap pixels, c = center, s = 200 scale: ``"hrnet"``
+        center, scale: ``(B, 2)``, floating: centre of the crop in image pixels and its size in units of 200 px
+            (HRNet's). With p = heatmap pixels, c = center, s = 200 scale: ``"hrnet"``
             :math:`(p - [W, H] / 2) \, s_x / W + c`; ``"darkpose"``
-            :math:`(p - [W - 1, H - 1] / 2) \, (s_x - 1) / (W - 1) + c`; ``"mmpose"`` :math:`p / [W, H] \, s + c - s / 2`, and for
-            ``"dark_udp"`` :math:`p / [W - 1, H - 1] \, s + c - s / 2`. A map one pixel wide (high) counts as W - 1 (H - 1) = 1.
-        affine: ``(B, 2, 3)``, floating, maps heatmap pixels (x, y, 1) to the image; instead of ``center`` and ``scale``.
-        backend: ``"auto"`` (``"cpp"`` on a CPU, ``"cuda"`` on CUDA, else ``"reference"``), ``"reference"`` (plain PyTorch),
-            ``"cpp"`` (CPU) or ``"cuda"``.
+            :math:`(p - [W - 1, H - 1] / 2) \, (s_x - 1) / (W - 1) + c`; ``"mmpose"`` :math:`p / [W, H] \, s + c - s /
+            2`, and for ``"dark_udp"`` :math:`p / [W - 1, H - 1] \, s + c - s / 2`. A map one pixel wide (high) counts
+            as W - 1 (H - 1) = 1.
+        affine: ``(B, 2, 3)``, floating, maps heatmap pixels (x, y, 1) to the image; instead of ``center`` and
+            ``scale``.
+        backend: ``"auto"`` (``"cpp"`` on a CPU, ``"cuda"`` on CUDA, else ``"reference"``), ``"reference"`` (plain
+            PyTorch), ``"cpp"`` (CPU) or ``"cuda"``.
 
     Returns:
-        ``coords (B, K, 2)`` float32, (x, y) in image pixels, or heatmap pixels without a transform; ``scores (B, K)`` float32,
-        the maps' maxima.
+        ``coords (B, K, 2)`` float32, (x, y) in image pixels, or heatmap pixels without a transform; ``scores (B, K)``
+        float32, the maps' maxima.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -96,11 +99,12 @@ def decode_heatmaps(
             :func:`amil_fast.soft_argmax`. (Under ``torch.compile`` the result is a constant.)
 
     Notes:
-        Of equal maxima the first in row-major order wins. A NaN anywhere in a map, or in the one averaged into it, makes
-        its coordinates and its score NaN. An infinite maximum is found but not refined by ``"dark"`` and ``"dark_udp"``; neither
-        is one where the Hessian is singular. Averages and blur are taken in float32 (float64 for float64); results
-        are bit-equal from run to run and, on one machine type, for any number of threads and any batch around a map.
-        On CUDA nothing waits for the device, so the call can be captured in a CUDA graph. ``B = 0`` and ``K = 0`` are legal.
+        Of equal maxima the first in row-major order wins. A NaN anywhere in a map, or in the one averaged into it,
+        makes its coordinates and its score NaN. An infinite maximum is found but not refined by ``"dark"`` and
+        ``"dark_udp"``; neither is one where the Hessian is singular. Averages and blur are taken in float32 (float64
+        for float64); results are bit-equal from run to run, for any number of threads, any batch around a map and
+        any CPU, and CUDA does the same operations in the same order. On CUDA nothing waits for the device, so the
+        call can be captured in a CUDA graph. ``B = 0`` and ``K = 0`` are legal.
 
     Sources: Sun et al., HRNet, CVPR 2019; Zhang et al., DARK, CVPR 2020; Huang et al., UDP, CVPR 2020.
     """
@@ -138,9 +142,10 @@ def decode_heatmaps(
         _check_transform(affine, "affine", (heatmaps.shape[0], 2, 3), "(B, 2, 3)", heatmaps)
     backend = _backends.choose(backend, heatmaps.device.type, _SUPPORTED)
 
-    arguments = (heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend)
+    settings = (refine, convention, blur_kernel, backend)
+    arguments = (heatmaps, flipped, swap, shift_flipped, center, scale, affine, *settings)
     tensors = [t for t in (heatmaps, flipped, center, scale, affine) if t is not None]
-    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         if not torch.compiler.is_compiling():
             return _Refusal.apply(*arguments)
         arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -150,7 +155,7 @@ def decode_heatmaps(
 
 
 def _dispatcher_has_work(tensors):
-    """Whether anything but the plain kernel would act on a call: a compiler, a tracer, a mode, a transform, a subclass.
+    """Whether anything but the plain kernel would act on a call: compiler, tracer, mode, transform, subclass.
 
     The way through the dispatcher to a kernel in Python and back costs 7 us, or 30 us just after 13 MB of maps went
     through the caches; a tenth of the whole call on (64, 17, 64, 48) with 2 cores of a Xeon (Sapphire Rapids).
@@ -160,7 +165,7 @@ def _dispatcher_has_work(tensors):
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any([type(t) is not torch.Tensor for t in tensors])
+        or any(type(t) is not torch.Tensor for t in tensors)
     )
 
 
@@ -172,8 +177,8 @@ def _check_maps(tensor, name):
     shape = tensor.shape
     if len(shape) != 4:
         raise ValueError(f"{name}: expected shape (B, K, H, W), got {tuple(shape)}")
-    if shape[2] == 0 or shape[3] == 0:
-        raise ValueError(f"{name}: expected maps of at least one pixel, got shape {tuple(shape)}")
+    if not 0 < shape[2] * shape[3] < 2**31:
+        raise ValueError(f"{name}: expected maps of 1 to 2**31 - 1 pixels, got shape {tuple(shape)}")
 
 
 def _check_transform(tensor, name, shape, letters, heatmaps):
@@ -201,8 +206,8 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "decode_heatmaps can't be differentiated: the position of a maximum has no derivative. Use "
-            "amil_fast.soft_argmax for a loss on coordinates, or call it with heatmaps.detach() or under torch.no_grad()"
+            "decode_heatmaps can't be differentiated: the position of a maximum has no derivative. For a loss on "
+            "coordinates use amil_fast.soft_argmax; else pass heatmaps.detach() or call it under torch.no_grad()"
         )
 
 
@@ -226,9 +231,7 @@ def _implementation(backend):
     return {"cpp": _decode_native.decode_cpp, "cuda": _decode_native.decode_cuda}[backend]
 
 
-def _decode(
-    heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend
-):
+def _decode(heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend):
     return _implementation(backend)(
         heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel
     )

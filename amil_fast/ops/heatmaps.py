@@ -7,21 +7,23 @@ from amil_fast.ops._joints import check_float_maps, check_pairs, mirror_back
 
 
 def encode_heatmaps(coords, height, width, *, heatmap_std=2.0, unbiased=True, visible=None, dtype=None):
-    r"""Draws one Gaussian per joint, :math:`\exp(-\|p - c\|^2 / (2 \cdot \text{heatmap\_std}^2))` at pixel p for centre c.
+    r"""Draws a Gaussian per joint, :math:`\exp(-\|p - c\|^2 / (2 \cdot \text{heatmap\_std}^2))`, p pixel, c centre.
 
     Args:
-        coords: ``(..., K, 2)``, (x, y) in heatmap pixels: 0-based, an integer is the centre of a pixel. Any floating dtype.
+        coords: ``(..., K, 2)``, (x, y) in heatmap pixels: 0-based, an integer is the centre of a pixel. Any floating
+            dtype.
         height, width: size of the maps in pixels, at least 1.
         heatmap_std: standard deviation of the Gaussian in heatmap pixels, > 0.
-        unbiased: True draws the Gaussian around the exact coordinates over the whole map (DarkPose). False rounds the centre
-            to the nearest pixel (halves up) and cuts the Gaussian to a square of 3 ``heatmap_std`` to each side (HRNet):
-            decoding then can't recover the fraction of a pixel.
+        unbiased: True draws the Gaussian around the exact coordinates over the whole map (DarkPose). False rounds the
+            centre to the nearest pixel (halves up) and cuts the Gaussian to a square of 3 ``heatmap_std`` to each
+            side (HRNet): decoding then can't recover the fraction of a pixel.
         visible: ``(..., K)``, nonzero = there is such a joint; None: all are there.
         dtype: floating dtype of the maps; None: that of ``coords``.
 
     Returns:
-        ``(heatmaps, weights)``: ``(..., K, height, width)`` and ``(..., K)``, 1.0 where a Gaussian was drawn and 0.0 where the
-        map is all zero: joints that aren't visible, aren't finite, or whose square lies outside the map altogether.
+        ``(heatmaps, weights)``: ``(..., K, height, width)`` and ``(..., K)``, 1.0 where a Gaussian was drawn and 0.0
+        where the map is all zero: joints that aren't visible, aren't finite, or whose square of 3 ``heatmap_std`` lies
+        outside the map altogether.
 
     Raises:
         TypeError: ``coords`` or ``visible`` that is no tensor, or a dtype that isn't floating.
@@ -67,18 +69,19 @@ def encode_heatmaps(coords, height, width, *, heatmap_std=2.0, unbiased=True, vi
 
 
 def soft_argmax(heatmaps, *, beta=1.0, window=None):
-    r"""The mean pixel of each map under :math:`\mathrm{softmax}(\text{beta} \cdot h)`: decoding that can be differentiated.
+    r"""The mean pixel of each map under :math:`\mathrm{softmax}(\text{beta} \cdot h)`: differentiable decoding.
 
     Args:
         heatmaps: ``(..., H, W)``, floating.
-        beta: inverse temperature, > 0; the larger, the closer to the argmax. Gaussian maps of height 1 want 10 to 100: with
-            1 the zeros around the peak outweigh it.
+        beta: inverse temperature, > 0; the larger, the closer to the argmax. Gaussian maps of height 1 want 10 to
+            100: with 1 the zeros around the peak outweigh it.
         window: None takes the mean over the whole map; an odd number of pixels takes it over the square of that size
             around the maximum (the first, if there are several), cut at the map's edge. The gradient is that of the
             window held where it is.
 
     Returns:
-        ``(..., 2)`` (x, y) in heatmap pixels, in the dtype of ``heatmaps`` and differentiable. NaN where a map holds NaN.
+        ``(..., 2)`` (x, y) in heatmap pixels, in the dtype of ``heatmaps`` and differentiable. NaN where a map holds
+        NaN.
 
     Raises:
         TypeError: no tensor, or a dtype that isn't floating.
