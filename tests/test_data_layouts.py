@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pose_layouts as make
 import pytest
+import torch
 from scipy.io import loadmat, savemat
 
 from amil_fast.data import (
@@ -13,6 +14,7 @@ from amil_fast.data import (
     DataError,
     PoseDataset,
     VideoFrames,
+    VideoPeople,
     find_ucf11,
     load,
     load_coco,
@@ -242,6 +244,25 @@ def test_video_frames(tmp_path, suffix):
     assert frames.rate == pytest.approx(25)
     brightness = [frame[40:].mean() for _, frame in found]
     np.testing.assert_allclose(brightness, 10 + 15 * np.arange(9), atol=4)
+
+
+def test_people_in_videos(tmp_path):
+    paths = [make.video(tmp_path / name, frames=6, width=96, height=64) for name in ("a.avi", "b.mp4")]
+    whole = list(VideoPeople(paths, size=32, every=2))
+    assert [(s["video"].item(), s["frame"].item()) for s in whole] == [(v, f) for v in range(2) for f in (0, 2, 4)]
+    np.testing.assert_allclose(whole[0]["to_image"].numpy() @ (15.5, 15.5, 1), (47.5, 31.5), atol=1e-5)
+    assert whole[0]["image"].shape == (3, 32, 32) and whole[0]["to_image"][0, 0] == 3
+    brightness = [sample["image"][0, 18:24].float().mean().item() for sample in whole[:3]]
+    np.testing.assert_allclose(brightness, [10, 40, 70], atol=4)
+
+    rows = [{"file_name": "b.mp4", "bbox": [10, 10, 20, 30]}, {"file_name": "b.mp4", "frame": 3, "bbox": [0, 0, 9, 9]}]
+    (tmp_path / "boxes.json").write_text(json.dumps(rows))
+    found = VideoPeople(paths, tmp_path / "boxes.json", size=32)
+    assert [sample["frame"].item() for sample in found] == [0, 1, 2, 3, 3, 4, 5]
+    np.testing.assert_allclose(next(iter(found))["to_image"].numpy() @ (15.5, 15.5, 1), (19.5, 24.5), atol=1e-5)
+    loader = torch.utils.data.DataLoader(VideoPeople(paths, size=32), 4, num_workers=2)
+    shown = [pair for b in loader for pair in zip(b["video"].tolist(), b["frame"].tolist(), strict=True)]
+    assert sorted(shown) == [(v, f) for v in range(2) for f in range(6)]
 
 
 def test_truncated_video(tmp_path):
@@ -475,11 +496,15 @@ def test_truncated_images_are_noticed(tmp_path, suffix):
     path = make.picture(tmp_path / f"a{suffix}", 64, 48)
     assert image_size(path) == (64, 48)
     data = path.read_bytes()
-    for share in (0.999, 0.7, 0.3):
+    for share in (0.995, 0.7, 0.3, 0.05, 0):
         path.write_bytes(data[: int(len(data) * share)])
         for look in (image_size, read_image):
             with pytest.raises(DataError, match=rf"a{suffix}: (truncated|expected an image)"):
                 look(path)
+    path.unlink()
+    for look in (image_size, read_image):
+        with pytest.raises(DataError, match=rf"a{suffix}: there is no such image"):
+            look(path)
     if suffix == ".jpg":
         path.write_bytes(data + b"trailing bytes that some cameras leave")
         assert image_size(path) == (64, 48)

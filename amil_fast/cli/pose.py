@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -420,8 +421,9 @@ def _score_table(summary):
         counted += f"; {summary['unmeasured']} more can't be measured"
     table = Table(
         title=f"{name} in percent ({summary['skeleton']})",
-        caption=f"{counted}. Area under the curve of the mean, 0 to 0.5: {_cell(summary['auc'])}.\n"
-        "mean: joints weighted by their number; plain: average of the joints' scores.",
+        caption=f"{counted}. AUC of the mean, 0 to 0.5: {_cell(summary['auc'])}\n"
+        "mean: joints weighted by their number; plain: average of the joints",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("r", justify="right")
     for group in groups:

@@ -19,6 +19,7 @@ _LAZY = {
     "pack": "packed",
     "DrawnFigures": "synthetic",
     "VideoFrames": "video",
+    "VideoPeople": "video",
     "find_ucf11": "video",
     "heatmap_to_image": "geometry",
     "load_coco": "coco",

@@ -64,33 +64,46 @@ def safe_path(root, name):
     return Path(root) / name
 
 
-def why_truncated(data):
+# The end marker of an image is looked for in so many last bytes; some cameras append data of their own.
+_TAIL = 1 << 16
+
+
+def why_truncated(head, tail):
     """None where an encoded image reaches its own end, else the reason. JPEG and PNG; others are left to the decoder.
 
-    Decoders fill what is missing of a truncated JPEG with grey and say nothing.
+    ``head`` and ``tail``: its first and last bytes, which may be the same. Decoders fill what is missing of a truncated
+    JPEG with grey and say nothing.
     """
-    if data[:2] == b"\xff\xd8":
-        scan = data.rfind(b"\xff\xda")  # the last start of scan; stuffing keeps this pair out of the coded data
-        if scan < 0 or data.rfind(b"\xff\xd9") < scan:
+    if head[:2] == b"\xff\xd8":
+        # The last start of scan; stuffing keeps this pair out of the coded data.
+        end, scan = tail.rfind(b"\xff\xd9"), tail.rfind(b"\xff\xda")
+        if end < 0 or end < scan:
             return "truncated JPEG file: its end marker is missing"
-    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data.rfind(b"IEND") < 0:
+    elif head[:8] == b"\x89PNG\r\n\x1a\n" and tail.rfind(b"IEND") < 0:
         return "truncated PNG file: its last chunk is missing"
     return None
 
 
 def image_size(path):
-    """``(width, height)`` in pixels as stored, from the file's header; DataError where it is missing or truncated.
+    """``(width, height)`` in pixels as stored; DataError where the file is missing, truncated or no image.
 
-    Reads the file to its end to see that it is whole, but decodes nothing.
+    Looks at the file's header and end only.
     """
-    data = _read_bytes(path)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            size = image.size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            with Image.open(file) as image:
+                size = image.size
+            length = file.seek(0, io.SEEK_END)
+            file.seek(max(0, length - _TAIL))
+            reason = why_truncated(head, file.read())
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repr(io.BytesIO), "").split("<_io")[0].strip()
-        raise DataError(f"{path}: expected an image: {reason}") from None
-    if reason := why_truncated(data):
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{path}: can't be read: {error.strerror}") from None
+        raise DataError(f"{path}: expected an image ({type(error).__name__})") from None
+    if reason:
         raise DataError(f"{path}: {reason}")
     return size
 
@@ -113,7 +126,7 @@ def read_image(path, *, upright=False, shrink=1.0):
         DataError: missing, unreadable, truncated, or no image.
     """
     data = _read_bytes(path)
-    if reason := why_truncated(data):
+    if reason := why_truncated(data, data):
         raise DataError(f"{path}: {reason}")
     reduction = 1
     if shrink >= 2 and data[:2] == b"\xff\xd8":

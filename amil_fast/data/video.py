@@ -5,18 +5,21 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
+from amil_fast.data.augment import warp_crop
 from amil_fast.data.errors import DataError
 from amil_fast.data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_json
+from amil_fast.data.geometry import crop_matrix
 
 
 class VideoFrames:
     """The frames of a video file, in order.
 
     Iterating yields ``(number, frame)``: the frame ``(H, W, 3)`` uint8 BGR, upright, or None where it can't be decoded
-    and the rest goes on. ``rate`` is in frames per second, ``expected`` the number of frames the file's header promises
-    (0 where it promises nothing), ``missing`` (after the iteration) how many of these never came: containers drop what
-    is broken without saying which.
+    and the rest goes on. ``rate`` is in frames per second, ``expected`` the number of frames the file's header
+    promises (0 where it promises nothing), ``missing`` (after the iteration) how many of these never came: containers
+    drop what is broken without saying which.
     """
 
     # So many frames in a row that can't be decoded are taken for the end of the file.
@@ -150,6 +153,46 @@ def _key(name):
     # COCO names its files by the zero-filled image id.
     text = str(name)
     return int(text) if text.isdecimal() else text
+
+
+class VideoPeople(torch.utils.data.IterableDataset):
+    """Crops of the people in the frames of videos, in order.
+
+    Args:
+        paths: the video files.
+        boxes: JSON file of boxes (see :class:`Boxes`), or None: one crop of each whole frame.
+        size: side of the square crop in pixels.
+        margin: side of the crop in units of the box's longer side; by default 1.25, and 1 for whole frames.
+        every: take every so many-th frame.
+
+    Yields dicts: ``image (3, size, size)`` uint8 RGB, ``to_image (2, 3)`` float32 from crop pixels to the frame's,
+    ``box (4,)`` float64, ``video`` the place in ``paths``, ``frame`` its number. Several workers take turns by video.
+    Frames that can't be decoded are passed over; a video that can't be opened raises DataError.
+    """
+
+    def __init__(self, paths, boxes=None, *, size=256, margin=None, every=1):
+        self.paths, self.size, self.every = [Path(path) for path in paths], size, every
+        self.margin = margin if margin is not None else 1.0 if boxes is None else 1.25
+        self._boxes = Boxes(boxes)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for video in range(first, len(self.paths), step):
+            path = self.paths[video]
+            for number, frame in VideoFrames(path):
+                if frame is None or number % self.every:
+                    continue
+                for box in self._boxes.of(path.name, number):
+                    box = np.where(np.isfinite(box), box, (0, 0, frame.shape[1], frame.shape[0]))
+                    matrix = crop_matrix(box, self.size, margin=self.margin)
+                    yield {
+                        "image": torch.from_numpy(warp_crop(frame, matrix, self.size)),
+                        "to_image": torch.from_numpy(matrix.astype(np.float32)),
+                        "box": torch.from_numpy(box),
+                        "video": torch.tensor(video),
+                        "frame": torch.tensor(number),
+                    }
 
 
 @dataclass(frozen=True)
