@@ -1,6 +1,6 @@
 """Layers and networks over bags of instances: poolings, MI-RNet, and the losses of multiple-instance learning."""
 
-from amil_fast.nn.losses import NoisyOrLoss, level_loss, margin_loss, noisy_or_loss
+from amil_fast.nn.losses import NoisyOrLoss, level_loss, margin_loss, noisy_or, noisy_or_loss
 from amil_fast.nn.mirnet import MIRNet, MIROutput
 from amil_fast.nn.pooling import (
     POOLINGS,
@@ -28,6 +28,7 @@ __all__ = [
     "StackedMIRNet",
     "margin_loss",
     "level_loss",
+    "noisy_or",
     "noisy_or_loss",
     "NoisyOrLoss",
 ]

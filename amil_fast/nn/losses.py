@@ -109,41 +109,64 @@ def noisy_or_loss(
     Returns:
         :class:`NoisyOrLoss`. For the bag loss ∂L/∂h = λ(1 − y/p).
     """
-    if activation not in ("softplus", None):
-        raise ValueError(f"activation: expected 'softplus' or None, got {activation!r}")
     bags = BagView(scores, mask, lengths, cu_seqlens)
-    z = bags.wide()
-    if labels.shape != (bags.count, z.shape[-1]):
-        raise ValueError(f"labels: expected shape ({bags.count}, {z.shape[-1]}) (B, C), got {tuple(labels.shape)}")
-    with torch.autocast(z.device.type, enabled=False):
-        real = torch.ones_like(z, dtype=torch.bool) if bags.mask is None else bags.mask[:, :, None].expand_as(z)
-        a = torch.where(real, scale * (_softplus(z) if activation else z), 0)  # −log(1 − q)
-        a_bag = bags.sum(a)  # −log(1 − p)
+    if labels.shape != (bags.count, bags.x.shape[-1]):
+        raise ValueError(f"labels: expected shape ({bags.count}, {bags.x.shape[-1]}) (B, C), got {tuple(labels.shape)}")
+    with torch.autocast(bags.x.device.type, enabled=False):
+        a, a_bag, log_a_bag = _noisy_or(bags, scale, activation)
         sizes = bags.sizes()[:, None]
-        empty = sizes == 0
-        positive = (labels != 0) & ~empty
-
-        if activation:  # through log a_bag, which survives where a_bag itself underflows to 0
-            log_a = math.log(scale) + _log_softplus(z)
-            largest = bags.max(log_a.detach())
-            e = torch.where(real, torch.exp(log_a - bags.spread(largest)), 0)
-            total = torch.where(empty, 1, bags.sum(e))
-            log_a_bag = largest + torch.log(total)
-        else:
-            log_a_bag = None
+        positive = (labels != 0) & (sizes > 0)
+        # Only where it is used: log p of a bag without evidence would send 0 · ∞ back.
         log_p = _log1mexp(torch.where(positive, a_bag, 1), log_a_bag)
-        bag = torch.where(positive, -log_p, torch.where(empty, 0, a_bag))
-
-        u = bags.spread(positive) & (a.detach() >= math.log(2)) & real
-        per_instance = torch.where(u, -_log1mexp(torch.where(u, a, 1)), a)
-        instance = bags.sum(per_instance) / sizes.clamp(min=1)
+        bag = torch.where(positive, -log_p, a_bag)  # a_bag is 0 for empty bags
+        # A padded instance has a = 0 and so u = 0 and no loss.
+        u = bags.spread(positive) & (a.detach() >= math.log(2))
+        instance = bags.sum(torch.where(u, -_log1mexp(torch.where(u, a, 1)), a)) / sizes.clamp(min=1)
         gap = (bag - instance).abs()
         loss = torch.where(positive, bag + gap_weight * gap.square(), instance)
-        # For the caller: log p whatever the label.
-        log_probability = _log1mexp(
-            torch.where(empty, 1, a_bag.detach()), None if log_a_bag is None else log_a_bag.detach()
-        ).masked_fill(empty, -torch.inf)
-    return NoisyOrLoss(_reduce(loss, reduction), bag, instance, gap, log_probability)
+        log_probability = _bag_log_probability(bags, a_bag.detach(), log_a_bag)
+    return NoisyOrLoss(_reduce(loss, reduction), bag, instance, gap, log_probability.detach())
+
+
+def noisy_or(scores, mask=None, *, lengths=None, cu_seqlens=None, scale=1.0, activation="softplus"):
+    """Probability that a bag holds a class, from its instances' scores: ``p = 1 − exp(−λ Σ_j h_j)`` (11).
+
+    The arguments are those of :func:`noisy_or_loss`.
+
+    Returns:
+        ``(log p, log(1 − p))``, each ``(B, C)`` in float32 (float64 for float64); ``(−inf, 0)`` for empty bags. Their
+        difference is the bag's logit.
+    """
+    bags = BagView(scores, mask, lengths, cu_seqlens)
+    with torch.autocast(bags.x.device.type, enabled=False):
+        _, a_bag, log_a_bag = _noisy_or(bags, scale, activation)
+        return _bag_log_probability(bags, a_bag, log_a_bag), -a_bag
+
+
+def _noisy_or(bags, scale, activation):
+    """``a = λh`` per instance, its sum over each bag ``a_bag = −log(1 − p)``, and ``log a_bag``.
+
+    The latter, from the logarithms of the scores, survives where a_bag underflows to 0; None where the scores are h.
+    """
+    if activation not in ("softplus", None):
+        raise ValueError(f"activation: expected 'softplus' or None, got {activation!r}")
+    z = bags.wide()
+    real = torch.ones_like(z, dtype=torch.bool) if bags.mask is None else bags.mask[:, :, None].expand_as(z)
+    empty = (bags.sizes() == 0)[:, None]
+    a = torch.where(real, scale * (_softplus(z) if activation else z), 0)
+    a_bag = bags.sum(a)
+    log_a_bag = None
+    if activation:
+        log_a = math.log(scale) + _log_softplus(z)
+        largest = bags.max(log_a.detach())
+        e = torch.where(real, torch.exp(log_a - bags.spread(largest)), 0)
+        log_a_bag = largest + torch.log(torch.where(empty, 1, bags.sum(e)))
+    return a, a_bag, log_a_bag
+
+
+def _bag_log_probability(bags, a_bag, log_a_bag):
+    empty = (bags.sizes() == 0)[:, None]
+    return _log1mexp(torch.where(empty, 1, a_bag), log_a_bag).masked_fill(empty, -torch.inf)
 
 
 def _log1mexp(a, log_a=None):

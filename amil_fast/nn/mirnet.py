@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from amil_fast.nn._bag_math import BagView
+from amil_fast.nn.losses import noisy_or
 from amil_fast.nn.pooling import make_pooling
-from amil_fast.ops._bags import bag_mask, check_bags
+from amil_fast.ops._bags import accumulation_dtype, bag_mask, check_bags
 
 
 class MIROutput(NamedTuple):
@@ -21,6 +23,8 @@ class MIROutput(NamedTuple):
         pooled: ``(depth, B, hidden)``: what each level's pooling gave, before the residual sum; its length is what
             :func:`amil_fast.nn.margin_loss` is about.
         weights: ``(depth, B, N)`` or ``(depth, total)``: the poolings' instance weights where asked for, else None.
+        instance_logits: ``(L, B, N)`` or ``(L, total)`` with ``scoring="instances"``, for
+            :func:`amil_fast.nn.noisy_or_loss`; else None.
     """
 
     logits: torch.Tensor
@@ -28,10 +32,11 @@ class MIROutput(NamedTuple):
     embedding: torch.Tensor
     pooled: torch.Tensor
     weights: torch.Tensor | None
+    instance_logits: torch.Tensor | None
 
 
 class MIRNet(nn.Module):
-    r"""A bag classifier: fully connected layers over the instances, each followed by a pooling, whose bag vectors add
+    r"""A bag classifier: fully connected layers over instances, each followed by a pooling, whose bag vectors add
     up.
 
     .. math::
@@ -51,6 +56,14 @@ class MIRNet(nn.Module):
         residual: add the bag vector of the level below.
         deep_supervision: score every level; otherwise the last one only (L = 1).
         dropout: probability with which a hidden unit of an instance is dropped in training.
+        input_dropout: the same for a feature of an instance.
+        instance_norm: scale every instance's embedding to this length before it is pooled; None (the paper's) leaves it
+            alone. An instance can then attract weight by its direction only, not by being loud.
+        bag_scale: factor on what the poolings give before it is summed up and scored; 1 in the paper. Squash makes bag
+            vectors of length < 1, from which a head that starts small learns slowly.
+        scoring: ``"bag"``: the heads score :math:`X^l`. ``"instances"``: they score every instance joined with its
+            bag's state, :math:`x_{ij}^l + X_i^l`, and a bag's probability is that of the noisy-or over its instances
+            (:func:`amil_fast.nn.noisy_or`, λ = 1).
         backend: of adjust pooling.
 
     The call ``net(instances, mask=None, *, lengths=None, cu_seqlens=None, return_weights=False) -> MIROutput`` takes
@@ -70,6 +83,10 @@ class MIRNet(nn.Module):
         *,
         deep_supervision=True,
         dropout=0.0,
+        input_dropout=0.0,
+        instance_norm=None,
+        bag_scale=1.0,
+        scoring="bag",
         backend="auto",
     ):
         super().__init__()
@@ -77,6 +94,12 @@ class MIRNet(nn.Module):
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        if scoring not in ("bag", "instances"):
+            raise ValueError(f"scoring: expected 'bag' or 'instances', got {scoring!r}")
+        if scoring == "instances" and num_classes != 1:
+            raise ValueError(f"scoring: 'instances' is for num_classes=1, got num_classes={num_classes}")
+        if instance_norm is not None and not instance_norm > 0:
+            raise ValueError(f"instance_norm: expected None or a positive number, got {instance_norm}")
         self.num_classes = num_classes
         self.residual = residual
         self.deep_supervision = deep_supervision
@@ -84,6 +107,10 @@ class MIRNet(nn.Module):
         self.pools = nn.ModuleList(self._pooling(pooling, hidden, num_iters, backend) for _ in range(depth))
         self.heads = nn.ModuleList(self._linear(hidden, num_classes) for _ in range(depth if deep_supervision else 1))
         self.dropout = nn.Dropout(dropout)
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.instance_norm = instance_norm
+        self.bag_scale = bag_scale
+        self.scoring = scoring
         self.reset_parameters()
 
     # What StackedMIRNet replaces.
@@ -110,21 +137,29 @@ class MIRNet(nn.Module):
         return self._levels(x, {"mask": mask, "cu_seqlens": cu_seqlens}, return_weights)
 
     def _levels(self, x, bags, return_weights):
-        pooled, weights, logits = [], [], []
+        pooled, weights, logits, instance_logits = [], [], [], []
+        x = self.input_dropout(x)
         X = None
         for level, (layer, pool) in enumerate(zip(self.layers, self.pools, strict=True)):
             x = self.dropout(torch.relu(layer(x)))
+            f = x if self.instance_norm is None else _scaled_to(x, self.instance_norm)
             if return_weights:
-                m, w = self._pool(pool, x, bags, return_weights=True)
+                m, w = self._pool(pool, f, bags, return_weights=True)
                 weights.append(w)
             else:
-                m = self._pool(pool, x, bags)
-            X = m if X is None or not self.residual else X + m
+                m = self._pool(pool, f, bags)
             pooled.append(m)
-            if self.deep_supervision:
-                logits.append(self.heads[level](X))
-        if not self.deep_supervision:
-            logits.append(self.heads[0](X))
+            if self.bag_scale != 1:
+                m = m * self.bag_scale
+            X = m if X is None or not self.residual else X + m
+            if self.deep_supervision or level == len(self.layers) - 1:
+                head = self.heads[level if self.deep_supervision else 0]
+                if self.scoring == "bag":
+                    logits.append(head(X))
+                else:
+                    bag_logits, z = self._score_instances(head, f, X, bags)
+                    logits.append(bag_logits)
+                    instance_logits.append(z)
         logits = torch.stack(logits)
         if self.num_classes == 1:
             logits = logits[..., 0]
@@ -132,8 +167,24 @@ class MIRNet(nn.Module):
         else:
             probabilities = torch.softmax(logits, -1).mean(0)
         return MIROutput(
-            logits, probabilities, X, torch.stack(pooled), torch.stack(weights) if return_weights else None
+            logits,
+            probabilities,
+            X,
+            torch.stack(pooled),
+            torch.stack(weights) if weights else None,
+            torch.stack(instance_logits)[..., 0] if instance_logits else None,
         )
 
     def _pool(self, pool, x, bags, **kwargs):
         return pool(x, **bags, **kwargs)
+
+    def _score_instances(self, head, f, X, bags):
+        z = head(f + BagView(f, **bags).spread(X))
+        log_p, log_not_p = noisy_or(z, **bags)
+        return log_p - log_not_p, z
+
+
+def _scaled_to(x, length):
+    """``x`` with its last axis scaled to ``length``; 0 stays 0, and near it the gradient stays bounded."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return (wide * (length * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6))).to(x.dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from amil_fast.nn._bag_math import BagView
+from amil_fast.nn.losses import noisy_or
 from amil_fast.nn.mirnet import MIRNet
 from amil_fast.nn.pooling import AttentionPool, make_pooling
 
@@ -80,10 +81,17 @@ class StackedMIRNet(MIRNet):
             raise ValueError(
                 f"instances, cu_seqlens: expected {self._members} members, got {members} and {cu_seqlens.shape[0]}"
             )
-        # Each member's padding becomes one more bag, so that no rows need to be gathered.
-        starts = torch.arange(members, device=cu_seqlens.device)[:, None] * n
+        return self._levels(instances, self.flat_cu_seqlens(cu_seqlens, n), return_weights=False)
+
+    @staticmethod
+    def flat_cu_seqlens(cu_seqlens, n):
+        """All members' bags in one ``(members * (B + 1) + 1,)``: each member's padding becomes one more, last bag.
+
+        So no rows need to be gathered for a pooling to serve all members in one call.
+        """
+        starts = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device)[:, None] * n
         flat = (cu_seqlens + starts).flatten()
-        return self._levels(instances, torch.cat([flat, flat.new_tensor([members * n])]), return_weights=False)
+        return torch.cat([flat, flat.new_tensor([cu_seqlens.shape[0] * n])])
 
     def _pool(self, pool, x, cu_seqlens):
         members, _, features = x.shape
@@ -93,3 +101,10 @@ class StackedMIRNet(MIRNet):
         else:
             bag = pool(rows, cu_seqlens=cu_seqlens)
         return bag.view(members, -1, features)[:, :-1]
+
+    def _score_instances(self, head, f, X, cu_seqlens):
+        members, n, features = f.shape
+        X = torch.cat([X, X.new_zeros(members, 1, features)], 1).flatten(0, 1)  # one for the padding
+        z = head(f + BagView(f.flatten(0, 1), cu_seqlens=cu_seqlens).spread(X).view(members, n, features))
+        log_p, log_not_p = noisy_or(z.flatten(0, 1), cu_seqlens=cu_seqlens)
+        return (log_p - log_not_p).view(members, -1, 1)[:, :-1], z

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from amil_fast.nn import POOLINGS, StackedMIRNet, level_loss
+from amil_fast.nn import POOLINGS, StackedMIRNet, level_loss, margin_loss, noisy_or_loss
+from amil_fast.ops._adjust_pool_reference import squash
+
+# bce: cross-entropy of every level's score; margin: Eq. 6 on the lengths of the poolings' vectors, which are the
+# probabilities then; bce+margin: their sum, scores from the heads; mil: the bag + instance loss of PAPER §4.
+LOSSES = ("bce", "margin", "bce+margin", "mil")
 
 
 @dataclass(frozen=True)
@@ -25,23 +30,36 @@ class MilSettings:
     depth: int = 3
     residual: bool = True
     deep_supervision: bool = True
+    instance_norm: float = 0.0  # 0: off
+    bag_scale: float = 1.0
+    input_dropout: float = 0.0
+    dropout: float = 0.0
+    soft_clip: float = 0.0  # c > 0: standardised features pass through c tanh(x / c)
+    loss: str = "bce"
     epochs: int = 40
     batch_size: int = 8  # bags
     lr: float = 1e-3
     weight_decay: float = 5e-3
+    ensemble: int = 1  # networks per fold, their probabilities averaged
     seed: int = 0
     backend: str = "auto"  # of adjust pooling
 
     def __post_init__(self):
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
-        for name in ("num_iters", "hidden", "depth", "epochs", "batch_size"):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        for name in ("num_iters", "hidden", "depth", "epochs", "batch_size", "ensemble"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: expected a number of at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "instance_norm", "soft_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        for name in ("input_dropout", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
 
 
 class BagClassifiers:
@@ -51,43 +69,56 @@ class BagClassifiers:
         data: a :class:`amil_fast.data.bags.BagData`.
         settings: a :class:`MilSettings`.
         train: bool ``(members, bags)``: the training part of each member.
-        seeds: one sequence of ints per member; a member's start and the order of its bags depend on it alone.
+        seeds: one sequence of ints per member; a member's start and the order of its bags depend on it alone (what
+            dropout draws depends on its neighbours as well).
     """
 
     def __init__(self, data, settings, train, seeds):
         self.data, self.settings, self.train = data, settings, np.asarray(train)
         self._rngs = [np.random.default_rng(seed) for seed in seeds]
-        self.net = StackedMIRNet(
-            len(self.train),
-            data.features.shape[1],
-            hidden=settings.hidden,
-            depth=settings.depth,
-            pooling=settings.pooling,
-            num_iters=settings.num_iters,
-            residual=settings.residual,
-            deep_supervision=settings.deep_supervision,
-            backend=settings.backend,
-        )
+        with torch.random.fork_rng(devices=[]):  # every member is drawn again below, from its own seed
+            self.net = StackedMIRNet(
+                len(self.train),
+                data.features.shape[1],
+                hidden=settings.hidden,
+                depth=settings.depth,
+                pooling=settings.pooling,
+                num_iters=settings.num_iters,
+                residual=settings.residual,
+                deep_supervision=settings.deep_supervision,
+                dropout=settings.dropout,
+                input_dropout=settings.input_dropout,
+                instance_norm=settings.instance_norm or None,
+                bag_scale=settings.bag_scale,
+                scoring="instances" if settings.loss == "mil" else "bag",
+                backend=settings.backend,
+            )
         for member, rng in enumerate(self._rngs):
             self.net.reset_member(member, torch.Generator().manual_seed(int(rng.integers(2**62))))
+        self._dropout_seed = int(np.random.SeedSequence(seeds[0], spawn_key=(1,)).generate_state(1)[0])
         self._features = torch.from_numpy(data.features)
         statistics = [_standardisation(data.features[data.rows(np.flatnonzero(part))[0]]) for part in self.train]
         self.mean, self.inverse_std = (torch.stack(s)[:, None] for s in zip(*statistics, strict=True))
 
     def fit(self, on_epoch=None):
         """Trains for ``settings.epochs`` epochs; ``on_epoch(epoch)`` is called after each."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._dropout_seed)
+            return self._fit(on_epoch)
+
+    def _fit(self, on_epoch):
         s = self.settings
         labels = torch.from_numpy(self.data.labels).float()
         optimizer = torch.optim.Adam(self.net.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
         self.net.train()
         for epoch in range(s.epochs):
             for bags in self._batches(self._shuffled(), s.batch_size):
-                output = self._forward(bags)
+                output, cu_seqlens = self._forward(bags)
                 real = torch.from_numpy(bags >= 0)
                 y = labels[torch.from_numpy(bags)]  # -1, the empty place, takes any label: its weight is 0
                 weight = real / real.sum(1, keepdim=True).clamp(min=1)
-                loss = level_loss(output.logits.flatten(1), y.flatten(), reduction="none").mean(0)
-                loss = (loss * weight.flatten()).sum()  # a sum over members: each one's gradient is its own
+                # A sum over members: each one's gradient is its own.
+                loss = (self._losses(output, cu_seqlens, y) * weight).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -102,7 +133,7 @@ class BagClassifiers:
         which = np.asarray(which)
         result = np.full(which.shape, np.nan, dtype=np.float32)
         for bags in self._batches([np.flatnonzero(row) for row in which], max(self.settings.batch_size, 32)):
-            probabilities = self._forward(bags).probabilities.numpy()
+            probabilities = self._probabilities(self._forward(bags)[0]).numpy()
             member, place = np.nonzero(bags >= 0)
             result[member, bags[member, place]] = probabilities[member, place]
         return result
@@ -112,18 +143,52 @@ class BagClassifiers:
 
     @staticmethod
     def _batches(orders, batch_size):
-        """Deals each member's bags out: yields int ``(members, <= batch_size)``, -1 where a member has no more."""
-        longest = max(len(order) for order in orders)
-        padded = np.full((len(orders), longest), -1)
-        for row, order in zip(padded, orders, strict=True):
-            row[: len(order)] = order
-        for start in range(0, longest, batch_size):
-            yield padded[:, start : start + batch_size]
+        """Deals each member's bags out evenly: yields int ``(members, <= batch_size)``, -1 where a member has no more.
+
+        All members take as many steps as the one with most bags; none gets an empty batch in between, in which an
+        optimiser with momentum would still move.
+        """
+        steps = -(-max(len(order) for order in orders) // batch_size)
+        for batches in zip(*(np.array_split(order, steps) for order in orders), strict=True):
+            padded = np.full((len(orders), max(len(batch) for batch in batches)), -1)
+            for row, batch in zip(padded, batches, strict=True):
+                row[: len(batch)] = batch
+            yield padded
 
     def _forward(self, bags):
         rows, cu_seqlens = pack(self.data, bags)
         x = (self._features[torch.from_numpy(rows)] - self.mean) * self.inverse_std
-        return self.net(x, torch.from_numpy(cu_seqlens))
+        if self.settings.soft_clip:
+            x = torch.tanh(x / self.settings.soft_clip) * self.settings.soft_clip
+        cu_seqlens = torch.from_numpy(cu_seqlens)
+        return self.net(x, cu_seqlens), cu_seqlens
+
+    def _losses(self, output, cu_seqlens, y):
+        """``(members, B)``: each bag's loss, the mean over levels. ``y (members, B)``."""
+        loss = 0
+        if "bce" in self.settings.loss:
+            loss = level_loss(output.logits.flatten(1), y.flatten(), reduction="none").mean(0).view(y.shape)
+        if "margin" in self.settings.loss:
+            s = self._bag_vectors(output)
+            loss = loss + margin_loss(s, y.expand(s.shape[:-1]), reduction="none").mean(0)
+        if self.settings.loss == "mil":
+            z = output.instance_logits
+            levels, members, n = z.shape
+            flat = StackedMIRNet.flat_cu_seqlens(cu_seqlens, n)
+            labels = torch.nn.functional.pad(y, (0, 1)).flatten()[:, None].expand(-1, levels)
+            losses = noisy_or_loss(z.flatten(1).t(), labels, cu_seqlens=flat, reduction="none").loss
+            loss = losses.mean(1).view(members, -1)[:, :-1]
+        return loss
+
+    def _probabilities(self, output):
+        if self.settings.loss == "margin":  # the heads are not trained: a bag's probability is the length of its vector
+            return torch.linalg.vector_norm(self._bag_vectors(output), dim=-1).mean(0)
+        return output.probabilities
+
+    def _bag_vectors(self, output):
+        """``(L, members, B, hidden)`` vectors of length < 1: the poolings', squashed where they don't do it."""
+        pooled = output.pooled if self.settings.deep_supervision else output.pooled[-1:]
+        return pooled if self.settings.pooling == "adjust" else squash(pooled)
 
 
 def pack(data, bags):
@@ -179,11 +244,14 @@ def cross_validate(data, settings, *, at_once=10, on_progress=None):
     begin = time.perf_counter()
     repetitions, folds, bags = data.folds.shape
     parts = data.folds.reshape(-1, bags)
-    probabilities = np.empty(parts.shape, dtype=np.float32)
-    done, total = 0, len(parts) * settings.epochs
-    for start in range(0, len(parts), at_once):
-        train = parts[start : start + at_once]
-        seeds = [(settings.seed, start + i) for i in range(len(train))]
+    probabilities = np.zeros(parts.shape, dtype=np.float32)
+    # Every fold's networks, the folds of one network number side by side.
+    tasks = [(network, fold) for network in range(settings.ensemble) for fold in range(len(parts))]
+    done, total = 0, len(tasks) * settings.epochs
+    for start in range(0, len(tasks), at_once):
+        some = tasks[start : start + at_once]
+        seeds = [(settings.seed, fold, network) for network, fold in some]
+        train = parts[[fold for _, fold in some]]
         members = len(train)
         models = BagClassifiers(data, settings, train, seeds)
 
@@ -191,7 +259,8 @@ def cross_validate(data, settings, *, at_once=10, on_progress=None):
             if on_progress is not None:
                 on_progress(before + (epoch + 1) * members, total)
 
-        probabilities[start : start + at_once] = models.fit(on_epoch).predict(~train)
+        for (_, fold), probability in zip(some, models.fit(on_epoch).predict(~train), strict=True):
+            probabilities[fold] += probability / settings.ensemble
         done += members * settings.epochs
 
     per_fold = []
