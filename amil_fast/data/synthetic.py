@@ -28,6 +28,8 @@ _LENGTH = {
 _WIDTH = {"arm": (0.042, 0.034, 0.025), "leg": (0.068, 0.048, 0.034)}
 # BGR of sleeves and trousers: cold on the right side, warm on the left.
 _CLOTH = {-1: (215.0, 120.0, 35.0), 1: (60.0, 165.0, 235.0)}
+# The half of the unit circle that looks in the direction of -x.
+_HALF_CIRCLE = np.stack([np.cos(np.linspace(0.5, 1.5, 9) * np.pi), np.sin(np.linspace(0.5, 1.5, 9) * np.pi)], -1)
 _SHIFT = 4  # fractional bits of OpenCV's fixed-point coordinates
 
 
@@ -95,6 +97,8 @@ class DrawnFigures(torch.utils.data.Dataset):
             canvas.objects(points, scale)
         joints = np.array([points[name] for name in self.skeleton.joints])
         hidden = canvas.hidden(self.skeleton.joints, points)
+        if from_behind:
+            hidden |= np.isin(self.skeleton.joints, ("nose", "left eye", "right eye"))
         picture = canvas.finish()
         return picture, joints, np.where(hidden, 1, 2).astype(np.uint8), 0.75 * _LENGTH["head"] * scale
 
@@ -209,8 +213,9 @@ class _Canvas:
 
     def finish(self):
         picture = cv2.resize(self.image, (self.size, self.size), interpolation=cv2.INTER_AREA)
-        noise = self.rng.normal(0, self.rng.uniform(1, 7), picture.shape)
-        return np.clip(picture + noise, 0, 255).astype(np.uint8)
+        noise = self.rng.standard_normal(picture.shape, np.float32) * np.float32(self.rng.uniform(1, 7))
+        noise += picture
+        return np.clip(noise, 0, 255, out=noise).astype(np.uint8)
 
     def _cloth(self, sign):
         """BGR: cold on the right (-1), warm on the left (+1), with some spread."""
@@ -270,27 +275,24 @@ class _Canvas:
             self._polygon(place + np.array([a + normal, a - normal, -a - normal, -a + normal]), color, part)
 
     def _limb(self, a, b, wide, thin, color, part=""):
-        """A bar with round ends, lit from its middle."""
+        """A bar with round ends, lit along its middle: the hull of a circle at each end."""
         along = b - a
-        length = np.linalg.norm(along)
-        normal = np.array([-along[1], along[0]]) / max(length, 1e-9)
+        length = np.hypot(*along)
+        x, y = along / length if length > 1e-6 else (1.0, 0.0)
+        ends = _HALF_CIRCLE @ np.array([[x, y], [-y, x]])
         for shade, share in ((0.72, 1.0), (1.0, 0.7)):
-            tint = np.clip(np.asarray(color) * shade, 0, 255)
-            wide_now, thin_now = max(wide * share, 0.5), max(thin * share, 0.5)
-            if length > 1e-6:
-                outline = [a + wide_now * normal, b + thin_now * normal, b - thin_now * normal, a - wide_now * normal]
-                self._polygon(np.array(outline), tint, part)
-            self._ellipse(a, (wide_now, wide_now), 0, tint, part)
-            self._ellipse(b, (thin_now, thin_now), 0, tint, part)
+            outline = np.concatenate([a + max(wide * share, 0.5) * ends, b - max(thin * share, 0.5) * ends])
+            self._polygon(outline, np.clip(np.asarray(color) * shade, 0, 255), part if share == 1.0 else "")
 
     def _number(self, part):
         return self.parts.setdefault(part, len(self.parts) + 1)
 
     def _polygon(self, corners, color, part=""):
+        """A convex polygon."""
         points = np.round(corners * (1 << _SHIFT)).astype(np.int32)
-        cv2.fillPoly(self.image, [points], _scalar(color), cv2.LINE_AA, _SHIFT)
+        cv2.fillConvexPoly(self.image, points, _scalar(color), cv2.LINE_AA, _SHIFT)
         if part:
-            cv2.fillPoly(self.owner, [points], self._number(part), cv2.LINE_8, _SHIFT)
+            cv2.fillConvexPoly(self.owner, points, self._number(part), cv2.LINE_8, _SHIFT)
 
     def _ellipse(self, middle, axes, angle, color, part=""):
         points = tuple(np.round(np.asarray(value) * (1 << _SHIFT)).astype(int).tolist() for value in (middle, axes))
@@ -314,4 +316,4 @@ def _direction(rng):
 
 
 def _scalar(color):
-    return tuple(float(value) for value in np.asarray(color))
+    return np.asarray(color, float).tolist()
