@@ -1,5 +1,6 @@
 """``amil mil`` and ``amil demo``."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from amil_fast import demo
 from amil_fast.cli.app import app
 from amil_fast.data.bags import save_bags
+from amil_fast.training.mil import PAPER_SETTINGS
 
 
 def amil(*args):
@@ -23,7 +25,7 @@ def bag_file(tmp_path):
     return tmp_path / "easy.npz"
 
 
-FAST = ("--epochs", 3, "--hidden", 8, "--backend", "reference")
+FAST = ("--epochs", 3, "--hidden", 8, "--ensemble", 1, "--backend", "reference")
 
 
 def test_cv_prints_a_table_and_writes_json(bag_file, tmp_path):
@@ -38,6 +40,14 @@ def test_cv_prints_a_table_and_writes_json(bag_file, tmp_path):
     assert len(result["per_fold"]) == 6
     assert result["settings"]["pooling"] == "max" and result["settings"]["epochs"] == 3
     assert result["settings"]["seed"] == 5 and result["file"] == "easy.npz"
+
+
+def test_cv_paper_settings(bag_file, tmp_path):
+    run = amil("mil", "cv", bag_file, "--paper", *FAST, "--json", tmp_path / "paper.json")
+    assert run.exit_code == 0, run.output
+    settings = json.loads((tmp_path / "paper.json").read_text())["settings"]
+    changed = {"epochs": 3, "hidden": 8, "backend": "reference"}
+    assert settings == dataclasses.asdict(dataclasses.replace(PAPER_SETTINGS, **changed))
 
 
 def test_cv_quiet(bag_file):

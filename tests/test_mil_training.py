@@ -9,7 +9,20 @@ import torch
 
 from amil_fast.data.bags import check_bag_data, load_bags, stratified_folds
 from amil_fast.nn import POOLINGS, MIRNet, level_loss
-from amil_fast.training.mil import LOSSES, BagClassifiers, MilSettings, area_under_roc, cross_validate, pack
+from amil_fast.training.mil import (
+    LOSSES,
+    PAPER_SETTINGS,
+    BagClassifiers,
+    MilSettings,
+    area_under_roc,
+    cross_validate,
+    pack,
+)
+
+
+def plain(**changes):
+    return dataclasses.replace(PAPER_SETTINGS, backend="reference", **changes)
+
 
 MUSK1 = Path(__file__).parents[1] / ".." / "shared" / "data" / "mil" / "musk1.npz"
 
@@ -42,21 +55,21 @@ def test_pack():
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_learns(pooling):
     data = easy_bags(40)
-    result = cross_validate(data, MilSettings(pooling=pooling, hidden=16, epochs=30, lr=1e-2, backend="reference"))
+    result = cross_validate(data, plain(pooling=pooling, hidden=16, epochs=30, lr=1e-2))
     assert result["accuracy_mean"] > 0.9 and result["auc_mean"] > 0.95
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("pooling", ["adjust", "max"])
 def test_learns_with_every_loss(pooling, loss):
-    settings = MilSettings(pooling=pooling, loss=loss, hidden=16, epochs=30, lr=1e-2, backend="reference")
+    settings = plain(pooling=pooling, loss=loss, hidden=16, epochs=30, lr=1e-2)
     result = cross_validate(easy_bags(40), settings)
     assert result["auc_mean"] > 0.9
     assert result["accuracy_mean"] > (0.9 if "bce" in loss else 0.75)
 
 
 def test_recipe_options_and_ensemble():
-    settings = MilSettings(
+    settings = plain(
         instance_norm=2,
         bag_scale=10,
         input_dropout=0.2,
@@ -66,7 +79,6 @@ def test_recipe_options_and_ensemble():
         hidden=16,
         epochs=20,
         lr=1e-2,
-        backend="reference",
     )
     data = easy_bags(40)
     result = cross_validate(data, settings)
@@ -80,7 +92,7 @@ def test_recipe_options_and_ensemble():
 
 def test_ensemble_is_the_mean_of_its_networks():
     data = easy_bags(12)
-    settings = MilSettings(hidden=8, epochs=3, ensemble=2, backend="reference")
+    settings = plain(hidden=8, epochs=3, ensemble=2)
     part = data.folds[0, :1]
     expected = [BagClassifiers(data, settings, part, [(0, 0, n)]).fit().predict(~part)[0] for n in range(2)]
     data = check_bag_data(data.features, data.offsets, data.labels, data.folds[:1, :1])
@@ -93,7 +105,7 @@ def test_ensemble_is_the_mean_of_its_networks():
 def test_standardisation_sees_the_training_part_only():
     data = easy_bags()
     train = data.folds[0, :2]
-    settings = MilSettings(hidden=8, epochs=1, backend="reference")
+    settings = plain(hidden=8, epochs=1)
     models = BagClassifiers(data, settings, train, [(0, 0), (0, 1)])
     for member in range(2):
         rows = data.features[np.repeat(train[member], data.sizes)]
@@ -109,7 +121,7 @@ def test_test_bags_do_not_reach_the_model():
     features = data.features.copy()
     features[np.repeat(~train[0], data.sizes)] = 1e4
     other = check_bag_data(features, data.offsets, np.where(train[0], data.labels, 1 - data.labels), data.folds)
-    settings = MilSettings(hidden=8, epochs=3, backend="reference")
+    settings = plain(hidden=8, epochs=3)
     fitted = [BagClassifiers(d, settings, train, [(0, 0)]).fit() for d in (data, other)]
     for a, b in zip(fitted[0].net.parameters(), fitted[1].net.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -118,7 +130,7 @@ def test_test_bags_do_not_reach_the_model():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_side_by_side_is_one_by_one(loss):
     data = easy_bags(23)  # folds of different sizes
-    settings = MilSettings(hidden=8, epochs=4, batch_size=4, loss=loss, instance_norm=2, backend="reference")
+    settings = plain(hidden=8, epochs=4, batch_size=4, loss=loss, instance_norm=2)
 
     def fitted(train, seeds):
         models = BagClassifiers(data, settings, train, seeds)
@@ -140,7 +152,7 @@ def test_one_step_is_adams_step_on_the_mean_loss():
     """The stacked training step against a plain MIRNet, one optimiser step on one whole batch."""
     data = easy_bags(10)
     train = np.ones((1, 10), dtype=bool)
-    settings = MilSettings(hidden=8, epochs=1, batch_size=10, lr=1e-2, weight_decay=0.1, backend="reference")
+    settings = plain(hidden=8, epochs=1, batch_size=10, lr=1e-2, weight_decay=0.1)
     models = BagClassifiers(data, settings, train, [(0, 0)])
     net = MIRNet(4, hidden=8, backend="reference")
     net.load_state_dict(models.net.member(0))
@@ -157,7 +169,7 @@ def test_one_step_is_adams_step_on_the_mean_loss():
 def test_result_is_what_it_says():
     data = easy_bags()
     seen = []
-    settings = MilSettings(hidden=8, epochs=2, seed=3, backend="reference")
+    settings = plain(hidden=8, epochs=2, seed=3)
     result = cross_validate(data, settings, at_once=4, on_progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (12, 12) and seen == sorted(seen)
     per_fold = result["per_fold"]
@@ -192,5 +204,5 @@ def test_musk1():
     """One repetition of musk1, far fewer epochs than the default, is well above the 51 % of always saying positive."""
     data = load_bags(MUSK1)
     data = check_bag_data(data.features, data.offsets, data.labels, data.folds[:1])
-    result = cross_validate(data, MilSettings(pooling="mean", epochs=10))
+    result = cross_validate(data, dataclasses.replace(PAPER_SETTINGS, pooling="mean", epochs=10))
     assert result["accuracy_mean"] > 0.75

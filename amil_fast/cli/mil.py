@@ -1,5 +1,6 @@
 """``amil mil``: bag classifiers on bag files."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from amil_fast.data.bags import load_bags
 from amil_fast.ops import adjust_pool
-from amil_fast.training.mil import MilSettings, cross_validate
+from amil_fast.training.mil import PAPER_SETTINGS, MilSettings, cross_validate
 
 app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: classify bags of instances.")
 _DEFAULT = MilSettings()
@@ -47,6 +48,7 @@ def write_json(path, content):
 
 @app.command()
 def cv(
+    context: typer.Context,
     data: Annotated[Path, typer.Argument(help="Bag file (.npz with features, offsets, labels, folds).")],
     pooling: Annotated[
         str, typer.Option(help="adjust, mean, max, lse, attention or gated_attention.")
@@ -56,13 +58,28 @@ def cv(
     depth: Annotated[int, typer.Option(help="Number of layers.")] = _DEFAULT.depth,
     residual: Annotated[bool, typer.Option(help="Add up the levels' bag vectors.")] = _DEFAULT.residual,
     deep_supervision: Annotated[bool, typer.Option(help="Score every level.")] = _DEFAULT.deep_supervision,
+    instance_norm: Annotated[
+        float, typer.Option(help="Length that instances are scaled to before pooling; 0: leave them.")
+    ] = _DEFAULT.instance_norm,
+    bag_scale: Annotated[float, typer.Option(help="Factor on the pooled vectors.")] = _DEFAULT.bag_scale,
+    input_dropout: Annotated[float, typer.Option(help="Share of features dropped.")] = _DEFAULT.input_dropout,
+    dropout: Annotated[float, typer.Option(help="Share of hidden units dropped.")] = _DEFAULT.dropout,
+    soft_clip: Annotated[
+        float, typer.Option(help="Bend standardised features towards this bound; 0: leave them.")
+    ] = _DEFAULT.soft_clip,
+    loss: Annotated[str, typer.Option(help="bce, margin, bce+margin or mil.")] = _DEFAULT.loss,
     epochs: Annotated[int, typer.Option(help="Passes over the training part; the last one counts.")] = _DEFAULT.epochs,
     batch_size: Annotated[int, typer.Option(help="Bags per step.")] = _DEFAULT.batch_size,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = _DEFAULT.lr,
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: constant or cosine.")] = _DEFAULT.schedule,
     weight_decay: Annotated[float, typer.Option(help="Adam's weight decay.")] = _DEFAULT.weight_decay,
+    ensemble: Annotated[int, typer.Option(help="Networks per fold, their probabilities averaged.")] = _DEFAULT.ensemble,
     seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = _DEFAULT.seed,
     backend: Annotated[str, typer.Option(help="Backend of adjust pooling.")] = _DEFAULT.backend,
-    at_once: Annotated[int, typer.Option(min=1, help="Folds trained side by side.")] = 50,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Start from the paper's settings; what you name still counts.")
+    ] = False,
+    at_once: Annotated[int, typer.Option(min=1, help="Networks trained side by side.")] = 50,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ):
@@ -73,11 +90,14 @@ def cv(
 
     Example: `amil mil cv musk1.npz --pooling adjust --json musk1.json`
     """
-    options = dict(locals())
-    names = set(MilSettings.__dataclass_fields__)
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name in MilSettings.__dataclass_fields__ and context.get_parameter_source(name).name != "DEFAULT"
+    }
     console = Console(quiet=quiet)
     try:
-        settings = MilSettings(**{name: value for name, value in options.items() if name in names})
+        settings = dataclasses.replace(PAPER_SETTINGS if paper else _DEFAULT, **given)
         adjust_pool(torch.zeros(1, 1, 1), backend=backend)  # whether it can serve at all, before anything is trained
         bags = load_bags(data)
     except (ValueError, RuntimeError) as error:

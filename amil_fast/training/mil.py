@@ -6,6 +6,7 @@ of them, on as many threads as torch has.
 """
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from amil_fast.nn import POOLINGS, StackedMIRNet, level_loss, margin_loss, noisy_or_loss
 from amil_fast.ops._adjust_pool_reference import squash
 
+SCHEDULES = ("constant", "cosine")  # cosine: up over the first twentieth of the steps, then down to 0
 # bce: cross-entropy of every level's score; margin: Eq. 6 on the lengths of the poolings' vectors, which are the
 # probabilities then; bce+margin: their sum, scores from the heads; mil: the bag + instance loss of PAPER §4.
 LOSSES = ("bce", "margin", "bce+margin", "mil")
@@ -22,7 +24,10 @@ LOSSES = ("bce", "margin", "bce+margin", "mil")
 
 @dataclass(frozen=True)
 class MilSettings:
-    """How a bag classifier is built and trained; the same for every fold."""
+    """How a bag classifier is built and trained; the same for every fold.
+
+    The defaults are the recipe of ``docs/mil_study.md``; :data:`PAPER_SETTINGS` are the paper's.
+    """
 
     pooling: str = "adjust"
     num_iters: int = 3
@@ -30,17 +35,18 @@ class MilSettings:
     depth: int = 3
     residual: bool = True
     deep_supervision: bool = True
-    instance_norm: float = 0.0  # 0: off
-    bag_scale: float = 1.0
-    input_dropout: float = 0.0
-    dropout: float = 0.0
-    soft_clip: float = 0.0  # c > 0: standardised features pass through c tanh(x / c)
-    loss: str = "bce"
-    epochs: int = 40
+    instance_norm: float = 2.0  # 0: off
+    bag_scale: float = 10.0
+    input_dropout: float = 0.3
+    dropout: float = 0.3
+    soft_clip: float = 4.0  # c > 0: standardised features pass through c tanh(x / c)
+    loss: str = "bce+margin"
+    epochs: int = 30
     batch_size: int = 8  # bags
     lr: float = 1e-3
+    schedule: str = "cosine"
     weight_decay: float = 5e-3
-    ensemble: int = 1  # networks per fold, their probabilities averaged
+    ensemble: int = 5  # networks per fold, their probabilities averaged
     seed: int = 0
     backend: str = "auto"  # of adjust pooling
 
@@ -49,6 +55,8 @@ class MilSettings:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         for name in ("num_iters", "hidden", "depth", "epochs", "batch_size", "ensemble"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -60,6 +68,19 @@ class MilSettings:
         for name in ("input_dropout", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+
+
+PAPER_SETTINGS = MilSettings(
+    instance_norm=0,
+    bag_scale=1,
+    input_dropout=0,
+    dropout=0,
+    soft_clip=0,
+    loss="bce",
+    epochs=40,
+    schedule="constant",
+    ensemble=1,
+)
 
 
 class BagClassifiers:
@@ -110,9 +131,14 @@ class BagClassifiers:
         s = self.settings
         labels = torch.from_numpy(self.data.labels).float()
         optimizer = torch.optim.Adam(self.net.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        steps = s.epochs * -(-int(self.train.sum(1).max()) // s.batch_size)
+        step = 0
         self.net.train()
         for epoch in range(s.epochs):
             for bags in self._batches(self._shuffled(), s.batch_size):
+                for group in optimizer.param_groups:
+                    group["lr"] = s.lr * (_cosine(step / steps) if s.schedule == "cosine" else 1)
+                step += 1
                 output, cu_seqlens = self._forward(bags)
                 real = torch.from_numpy(bags >= 0)
                 y = labels[torch.from_numpy(bags)]  # -1, the empty place, takes any label: its weight is 0
@@ -221,6 +247,11 @@ def _standardisation(rows):
     constant = std <= 1e-7 * np.abs(mean)  # float32 data: below this a deviation is rounding
     inverse = np.where(constant, 0, 1 / np.where(constant, 1, std))
     return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(inverse.astype(np.float32))
+
+
+def _cosine(done):
+    """Factor on the learning rate when this share of the steps is done."""
+    return min(1.0, 20 * (done + 1e-3)) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def cross_validate(data, settings, *, at_once=10, on_progress=None):
