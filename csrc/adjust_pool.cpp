@@ -2,6 +2,7 @@
 #include "adjust_pool.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -17,6 +18,8 @@ namespace {
 // A bag that is to be read again while it is still in the cache goes to one thread whole; from this size on it wouldn't
 // be.
 constexpr int64_t kMostBytesPerThread = 4 << 20;
+// Per core, of the processors this is for: 1 to 2 MiB on servers. Only the order of work depends on it.
+constexpr int64_t kL2Bytes = 2 << 20;
 // Small bags are handed out in groups of about this size, so that handing out costs nothing.
 constexpr int64_t kLeastBytesPerTask = 64 << 10;
 
@@ -71,46 +74,60 @@ class Plan {
                          [](const Group& x, const Group& y) { return x.bytes > y.bytes; });
     }
 
-    // Calls whole(bag, stage) for every bag that one thread does, and first, with all of the others, split(bags).
-    template <class Whole, class Split>
-    void run(Whole whole, Split split) {
+    // Calls whole(bag, before, stage) for every bag that one thread does, where `before` is the bag that the thread did
+    // before it or nullptr, and last(bag, stage) after a thread's last bag. First, with all of the others, it calls
+    // split(slots).
+    template <class Whole, class Last, class Split>
+    void run(Whole whole, Last last, Split split) {
         if (!split_.empty()) {
-            std::vector<BagWork> works(split_.size());
-            std::vector<std::vector<int64_t>> indices(split_.size());
-            std::vector<Buffer> scratch;
-            for (size_t k = 0; k < split_.size(); ++k) {
-                works[k] = work(split_[k], indices[k]);
-                scratch.push_back(allocate(scratch_bytes(works[k])));
-                place_scratch(works[k], scratch.back().get());
-            }
-            split(works);
+            std::vector<Slot> slots(split_.size());
+            for (size_t k = 0; k < split_.size(); ++k) prepare(slots[k], split_[k]);
+            split(slots);
         }
-        parallel_for(static_cast<int64_t>(groups_.size()), bags_.num_threads, [&](int64_t g) {
+        std::atomic<size_t> next{0};
+        parallel_for(std::min<int64_t>(groups_.size(), bags_.num_threads), bags_.num_threads, [&](int64_t) {
             const Buffer stage = make_stage();
-            std::vector<int64_t> index;
-            Buffer scratch;
-            int64_t size = 0;
-            for (int64_t b = groups_[g].begin; b < groups_[g].end; ++b) {
-                BagWork bag = work(b, index);
-                const int64_t needed = scratch_bytes(bag);
-                if (needed > size) scratch = allocate(size = needed);
-                place_scratch(bag, scratch.get());
-                whole(bag, stage.get());
+            Slot slots[2];
+            Slot *current = &slots[0], *before = nullptr;
+            for (size_t group; (group = next++) < groups_.size();) {
+                for (int64_t b = groups_[group].begin; b < groups_[group].end; ++b) {
+                    prepare(*current, b);
+                    whole(current->bag, before ? &before->bag : nullptr, stage.get());
+                    before = current;
+                    current = current == &slots[0] ? &slots[1] : &slots[0];
+                }
             }
+            if (before) last(before->bag, stage.get());
         });
     }
 
+    // What to write of the bag before while `passes` passes go over `bag`: nothing if they don't fit the L2 cache
+    // together.
+    static Beside beside(const BagWork& bag, BagWork* before, int passes) {
+        if (!before || !bag.m || bag.bytes() + before->bytes() > kL2Bytes * 3 / 4) return {nullptr, 0};
+        const int64_t blocks = passes * ((bag.m + kBlock - 1) / kBlock);
+        return {before, ((before->m - before->written + kBlock - 1) / kBlock + blocks - 1) / blocks};
+    }
+
+    // A bag, and the memory that its pointers point to.
+    struct Slot {
+        BagWork bag;
+        std::vector<int64_t> index;
+        Buffer scratch;
+        int64_t scratch_size = 0;
+    };
+
     // Calls piece(bag, chunk, stage) for every chunk of every bag, then merge(bag) for every bag.
     template <class Piece, class Merge>
-    void for_chunks(std::vector<BagWork>& works, Piece piece, Merge merge) {
-        std::vector<int64_t> first(works.size() + 1, 0);
-        for (size_t k = 0; k < works.size(); ++k) first[k + 1] = first[k] + works[k].chunks;
+    void for_chunks(std::vector<Slot>& slots, Piece piece, Merge merge) {
+        std::vector<int64_t> first(slots.size() + 1, 0);
+        for (size_t k = 0; k < slots.size(); ++k) first[k + 1] = first[k] + slots[k].bag.chunks;
         parallel_for(first.back(), bags_.num_threads, [&](int64_t task) {
             const size_t k = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
             const Buffer stage = make_stage();
-            piece(works[k], task - first[k], stage.get());
+            piece(slots[k].bag, task - first[k], stage.get());
         });
-        parallel_for(static_cast<int64_t>(works.size()), bags_.num_threads, [&](int64_t k) { merge(works[k]); });
+        parallel_for(static_cast<int64_t>(slots.size()), bags_.num_threads, [&](int64_t k) { merge(slots[k].bag); });
     }
 
   private:
@@ -122,9 +139,10 @@ class Plan {
         return bags_.offsets ? bags_.offsets[b + 1] - bags_.offsets[b] : bags_.N;
     }
 
-    // Bag b with its pointers set; index holds the rows of a mask that isn't a prefix.
-    BagWork work(int64_t b, std::vector<int64_t>& index) const {
-        BagWork bag = prototype_;
+    // Makes a slot bag b's, with its pointers set; slot.index holds the rows of a mask that isn't a prefix.
+    void prepare(Slot& slot, int64_t b) const {
+        BagWork& bag = slot.bag;
+        bag = prototype_;
         bag.rows_in_memory = bag.m = rows_in_memory(b);
         const int64_t first_row = bags_.offsets ? bags_.offsets[b] : b * bags_.N;
         const int64_t size = size_of(bags_.dtype);
@@ -142,25 +160,22 @@ class Plan {
             bag.m = bags_.N - std::count(mask, mask + bags_.N, 0);
             const bool prefix = std::find(mask, mask + bag.m, 0) == mask + bag.m;
             if (!prefix) {
-                index.resize(bag.m);
+                slot.index.resize(bag.m);
                 for (int64_t i = 0, r = 0; r < bag.m; ++i)
-                    if (mask[i]) index[r++] = i;
-                bag.index = index.data();
+                    if (mask[i]) slot.index[r++] = i;
+                bag.index = slot.index.data();
             }
         }
         bag.chunks = std::max<int64_t>((bag.m + bag.chunk_rows - 1) / bag.chunk_rows, 1);
-        return bag;
-    }
+        bag.stream_out = bag.bytes() > kL2Bytes;
 
-    int64_t vectors_bytes(const BagWork& bag) const { return BagWork::num_vectors(bag.T) * bag.Dp * acc_; }
-    int64_t partials_bytes(const BagWork& bag) const { return bag.chunks * (kBlock + bag.Dp) * acc_; }
-    int64_t scratch_bytes(const BagWork& bag) const {
-        return vectors_bytes(bag) + partials_bytes(bag) + (backward_ ? 2 * (bag.T - 1) * bag.m * acc_ : 0);
-    }
-    void place_scratch(BagWork& bag, char* scratch) const {
-        bag.vectors = scratch;
-        bag.partials = scratch + vectors_bytes(bag);
-        bag.coefficients = scratch + vectors_bytes(bag) + partials_bytes(bag);
+        const int64_t vectors = BagWork::num_vectors(bag.T) * bag.Dp * acc_;
+        const int64_t partials = bag.chunks * (kBlock + bag.Dp) * acc_;
+        const int64_t scratch = vectors + partials + (backward_ ? 2 * (bag.T - 1) * bag.m * acc_ : 0);
+        if (scratch > slot.scratch_size) slot.scratch = allocate(slot.scratch_size = scratch);
+        bag.vectors = slot.scratch.get();
+        bag.partials = slot.scratch.get() + vectors;
+        bag.coefficients = slot.scratch.get() + vectors + partials;
     }
     Buffer make_stage() const {
         const int64_t row = prototype_.Dp * acc_;
@@ -189,7 +204,7 @@ void adjust_pool_forward(const Bags& bags, const ForwardOutputs& out) {
     prototype.lse = out.lse;
     Plan plan(bags, prototype, false);
     plan.run(
-        [&](BagWork& bag, void* stage) {
+        [&](BagWork& bag, BagWork*, void* stage) {
             for (int t = 1; t <= bag.T; ++t) {
                 // There and back again: what the last pass read last is still in the cache.
                 for (int64_t k = 0; k < bag.chunks; ++k)
@@ -199,14 +214,15 @@ void adjust_pool_forward(const Bags& bags, const ForwardOutputs& out) {
             if (bag.weights)
                 for (int64_t k = 0; k < bag.chunks; ++k) kernels.weights_chunk(bag, k);
         },
-        [&](std::vector<BagWork>& works) {
+        [](BagWork&, void*) {},
+        [&](std::vector<Plan::Slot>& slots) {
             for (int t = 1; t <= bags.T; ++t)
                 plan.for_chunks(
-                    works, [&](BagWork& bag, int64_t k, void* stage) { kernels.forward_chunk(bag, t, k, stage); },
+                    slots, [&](BagWork& bag, int64_t k, void* stage) { kernels.forward_chunk(bag, t, k, stage); },
                     [&](BagWork& bag) { kernels.forward_merge(bag, t); });
             if (out.weights)
                 plan.for_chunks(
-                    works, [&](BagWork& bag, int64_t k, void*) { kernels.weights_chunk(bag, k); }, [](BagWork&) {});
+                    slots, [&](BagWork& bag, int64_t k, void*) { kernels.weights_chunk(bag, k); }, [](BagWork&) {});
         });
 }
 
@@ -220,40 +236,55 @@ void adjust_pool_backward(const Bags& bags, const BackwardArguments& args) {
     prototype.grad_weights = args.grad_weights;
     prototype.grad_f = args.grad_instances;
     prototype.detach_routing = args.detach_routing;
-    const int last = args.detach_routing ? bags.T : 2;  // iterations before it have no gradient through their weights
+    // Iterations before this one have no gradient through their weights.
+    const int last = std::max(args.detach_routing ? bags.T : 2, 2);
     const bool with_weights = args.grad_weights && bags.T > 1 && !args.detach_routing;
     Plan plan(bags, prototype, true);
     plan.run(
-        [&](BagWork& bag, void* stage) {
+        [&](BagWork& bag, BagWork* before, void* stage) {
             kernels.backward_begin(bag);
             if (with_weights) {
                 for (int64_t k = 0; k < bag.chunks; ++k) kernels.backward_weights_chunk(bag, k, stage);
                 kernels.backward_weights_merge(bag);
             }
-            for (int t = bag.T; t >= std::max(last, 2); --t) {
+            for (int t = bag.T; t >= last; --t) {
+                // From the second pass on this bag comes from the cache, and the gradient of the one before can be
+                // written.
+                const Beside beside = t < bag.T ? Plan::beside(bag, before, t - last + 1) : Beside{nullptr, 0};
                 for (int64_t k = 0; k < bag.chunks; ++k)
-                    kernels.backward_chunk(bag, t, (bag.T - t) % 2 ? bag.chunks - 1 - k : k, stage);
+                    kernels.backward_chunk(bag, t, (bag.T - t) % 2 ? bag.chunks - 1 - k : k, stage, beside);
                 if (!bag.detach_routing) kernels.backward_merge(bag, t);
             }
             kernels.backward_end(bag);
-            for (int64_t k = 0; k < bag.chunks; ++k) kernels.backward_write(bag, k, stage);
+            if (before && before->written < before->m) kernels.backward_write(*before, before->m, stage);
+            if (bag.m == 0) kernels.backward_write(bag, 0, stage);
         },
-        [&](std::vector<BagWork>& works) {
-            parallel_for(static_cast<int64_t>(works.size()), bags.num_threads,
-                         [&](int64_t k) { kernels.backward_begin(works[k]); });
+        [&](BagWork& bag, void* stage) {
+            if (bag.written < bag.m) kernels.backward_write(bag, bag.m, stage);
+        },
+        [&](std::vector<Plan::Slot>& slots) {
+            parallel_for(static_cast<int64_t>(slots.size()), bags.num_threads,
+                         [&](int64_t k) { kernels.backward_begin(slots[k].bag); });
             if (with_weights)
                 plan.for_chunks(
-                    works, [&](BagWork& bag, int64_t k, void* stage) { kernels.backward_weights_chunk(bag, k, stage); },
+                    slots, [&](BagWork& bag, int64_t k, void* stage) { kernels.backward_weights_chunk(bag, k, stage); },
                     [&](BagWork& bag) { kernels.backward_weights_merge(bag); });
-            for (int t = bags.T; t >= std::max(last, 2); --t)
+            for (int t = bags.T; t >= last; --t)
                 plan.for_chunks(
-                    works, [&](BagWork& bag, int64_t k, void* stage) { kernels.backward_chunk(bag, t, k, stage); },
+                    slots,
+                    [&](BagWork& bag, int64_t k, void* stage) {
+                        kernels.backward_chunk(bag, t, k, stage, {nullptr, 0});
+                    },
                     [&](BagWork& bag) {
                         if (!bag.detach_routing) kernels.backward_merge(bag, t);
                     });
-            for (BagWork& bag : works) kernels.backward_end(bag);
+            for (Plan::Slot& slot : slots) kernels.backward_end(slot.bag);
             plan.for_chunks(
-                works, [&](BagWork& bag, int64_t k, void* stage) { kernels.backward_write(bag, k, stage); },
+                slots,
+                [&](BagWork bag, int64_t k, void* stage) {
+                    bag.written = k * bag.chunk_rows;
+                    kernels.backward_write(bag, std::min(bag.written + bag.chunk_rows, bag.m), stage);
+                },
                 [](BagWork&) {});
         });
 }

@@ -54,28 +54,44 @@ struct BagWork {
     void* grad_f;              // backward: (rows_in_memory, D) contiguous
     bool detach_routing;
 
+    bool stream_out;  // write grad_f past the cache: it is too large to be there when somebody reads it
+
     void* vectors;       // acc scratch, (vectors(T), Dp)
     void* partials;      // acc scratch, (chunks, kBlock + Dp): maximum, sum; the weighted sum of rows
     void* coefficients;  // backward: acc scratch, (2 (T - 1), m): w^2, beta^2, w^3, beta^3, ...
     double sigma_dot_e;  // backward: sigma^t . e^t of the iteration to come
     double weights_dot;  // backward: sum_j w_j v_j
 
+    int64_t written;  // backward: rows whose gradient is written
+
+    int64_t bytes() const { return m * Dp * static_cast<int64_t>(sizeof(float)); }  // roughly
+
     static int64_t num_vectors(int T) { return 2 * T + 1; }  // S_1 .. S_{T-1}, e^1 .. e^T, one for sums, one spare
 };
 
-// Functions over a bag's chunks take `stage`, acc scratch of (kBlock + 1) * Dp entries that belongs to the calling
-// thread, its last Dp entries 0.
+// The gradient of the bag before, written beside the passes over this one: writing waits for memory, while the passes
+// after the first run from the cache and leave the memory idle. (The same with the first forward pass over the next
+// bag, or with prefetches of it, was tried and is slower: reads from beyond the cache block those from the cache.)
+struct Beside {
+    BagWork* bag;    // nullptr: nothing
+    int64_t blocks;  // of it, for each block of this bag
+};
+
+// Functions take `stage`, acc scratch of (kBlock + 1) * Dp entries that belongs to the calling thread, its last Dp
+// entries 0.
 struct AdjustPoolKernels {
     void (*forward_chunk)(BagWork& bag, int t, int64_t chunk, void* stage);  // a partial sigma^t
-    void (*forward_merge)(BagWork& bag, int t);          // sigma^t, lse^t, S_t, and after T the result
-    void (*weights_chunk)(BagWork& bag, int64_t chunk);  // the weights of iteration T
-    void (*backward_begin)(BagWork& bag);                // S_1 .. S_{T-1}, e^T
+    void (*forward_merge)(BagWork& bag, int t);                              // sigma^t, lse^t, S_t; after T the result
+    void (*weights_chunk)(BagWork& bag, int64_t chunk);                      // the weights of iteration T
+    void (*backward_begin)(BagWork& bag);                                    // S_1 .. S_{T-1}, e^T
     void (*backward_weights_chunk)(BagWork& bag, int64_t chunk, void* stage);  // a partial sum_j w_j v_j
     void (*backward_weights_merge)(BagWork& bag);
-    void (*backward_chunk)(BagWork& bag, int t, int64_t chunk, void* stage);  // w^t, beta^t, a partial dL/dS_{t-1}
-    void (*backward_merge)(BagWork& bag, int t);                              // e^{t-1}
-    void (*backward_end)(BagWork& bag);                                       // what all rows of dL/df share
-    void (*backward_write)(BagWork& bag, int64_t chunk, void* stage);         // dL/df of the chunk, and 0 beside it
+    void (*backward_chunk)(BagWork& bag, int t, int64_t chunk, void* stage,
+                           Beside beside);        // w^t, beta^t, partial dL/dS
+    void (*backward_merge)(BagWork& bag, int t);  // e^{t-1}
+    void (*backward_end)(BagWork& bag);           // what all rows of dL/df share
+    void (*backward_write)(BagWork& bag, int64_t end,
+                           void* stage);  // dL/df from row bag.written to end, and 0 beside it
 };
 
 const AdjustPoolKernels& adjust_pool_kernels(InstructionSet instruction_set, Dtype dtype);

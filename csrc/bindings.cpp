@@ -12,6 +12,7 @@
 #include "build_info.h"
 #include "decode_heatmaps.h"
 #include "instruction_set.h"
+#include "page_cache.h"
 
 namespace py = pybind11;
 
@@ -85,6 +86,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("instruction_set", &amil::instruction_set_name);
     m.def("set_instruction_set", &amil::set_instruction_set, py::arg("name"));
 
+    py::class_<amil::PageBlock>(m, "PageBlock", py::buffer_protocol())
+        .def(py::init<size_t>(), py::arg("bytes"))
+        .def_buffer([](amil::PageBlock& block) {
+            return py::buffer_info(block.data(), 1, py::format_descriptor<uint8_t>::format(), block.size());
+        });
     py::class_<amil::Bags>(m, "Bags").def(py::init(&make_bags));
     m.def("adjust_pool_forward",
           [](const amil::Bags& bags, uintptr_t bag, uintptr_t weights, uintptr_t sigma, uintptr_t lse) {

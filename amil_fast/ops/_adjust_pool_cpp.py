@@ -1,11 +1,15 @@
 """The CPU backend of adjust pooling: hands tensors to ``csrc/adjust_pool.cpp`` as addresses and sizes."""
 
+import math
+
 import torch
 
 from amil_fast.ops._backends import native
 from amil_fast.ops._bags import accumulation_dtype
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/dtype.h
+# Below this the C library keeps freed memory by itself, as soon as a block of the size was freed once.
+_PAGE_BLOCK_BYTES = 4 << 20
 
 
 def _bags(instances, mask, lengths, cu_seqlens, num_iters):
@@ -58,7 +62,7 @@ def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma
     grad_bag = grad_bag.contiguous() if grad_bag is not None else None
     grad_weights = grad_weights.contiguous() if grad_weights is not None else None
     sigma, lse = sigma.contiguous(), lse.contiguous()
-    grad_instances = torch.empty(instances.shape, dtype=instances.dtype, device=instances.device)
+    grad_instances = _empty(instances.shape, instances.dtype)
     described, kept_alive = _bags(instances, mask, lengths, cu_seqlens, sigma.shape[1])
     native().adjust_pool_backward(
         described,
@@ -71,6 +75,15 @@ def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma
     )
     del kept_alive
     return grad_instances
+
+
+def _empty(shape, dtype):
+    """``torch.empty``; large tensors on pages that were used before (csrc/page_cache.h)."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < _PAGE_BLOCK_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(native().PageBlock(size), dtype=dtype, count=count).view(shape)
 
 
 def _int64(tensor):

@@ -261,7 +261,7 @@ void forward_merge(BagWork& bag, int t) {
     A* sigma = scratch.spare();
     fill(sigma, A(0), bag.Dp);
     if (t == 1) {
-        for (int64_t k = 0; k < bag.chunks; ++k) {
+        for (int64_t k = 0; k < bag.chunks && bag.m; ++k) {
             const A* acc = scratch.partial(k) + kBlock;
             for (int64_t d = 0; d < bag.Dp; ++d) sigma[d] += acc[d];
         }
@@ -387,8 +387,101 @@ void backward_weights_merge(BagWork& bag) {
     bag.weights_dot = sum;
 }
 
+// The sum over pairs of coefficient and vector in dL/df, for the rows of one block:
+// out[r] = base + sum_p coefficients[p * m + r] vectors[p * Dp].
+template <class A>
+struct Pairs {
+    const A* base;
+    const A* coefficients;
+    const A* vectors;
+    int count;
+    int64_t m, Dp;
+
+    // kCount < 0: a count known only at run time. G vectors from column d on.
+    template <int kCount, int G, bool kPastCache>
+    void write_columns(A* const* out, int n, int64_t d) const {
+        constexpr int W = kWidth<A>;
+        Vec<A> b[G], v[kCount < 1 ? 1 : kCount][G];
+        for (int g = 0; g < G; ++g) b[g] = load(base + d + g * W);
+        for (int p = 0; p < kCount; ++p)
+            for (int g = 0; g < G; ++g) v[p][g] = load(vectors + p * Dp + d + g * W);
+        for (int r = 0; r < n; ++r) {
+            Vec<A> x[G];
+            for (int g = 0; g < G; ++g) x[g] = b[g];
+            for (int p = 0; p < (kCount < 0 ? count : kCount); ++p)
+                for (int g = 0; g < G; ++g)
+                    x[g] += (kCount < 0 ? load(vectors + p * Dp + d + g * W) : v[kCount < 0 ? 0 : p][g]) *
+                            coefficients[p * m + r];
+            for (int g = 0; g < G; ++g) {
+                if constexpr (kPastCache)
+                    store_past_cache(out[r] + d + g * W, x[g]);
+                else
+                    store(out[r] + d + g * W, x[g]);
+            }
+        }
+    }
+    template <int kCount, bool kPastCache>
+    void write(A* const* out, int n) const {
+        constexpr int W = kWidth<A>, G = kVectorBytes == 64 ? 4 : 2;
+        int64_t d = 0;
+        for (; d + G * W <= Dp; d += G * W) write_columns<kCount, G, kPastCache>(out, n, d);
+        for (; d < Dp; d += W) write_columns<kCount, 1, kPastCache>(out, n, d);
+    }
+    template <int kCount>
+    void write(A* const* out, int n, bool past_cache) const {
+        past_cache ? write<kCount, true>(out, n) : write<kCount, false>(out, n);
+    }
+};
+
+template <class In>
+inline void zero_rows(const BagWork& bag, int64_t begin, int64_t end) {
+    if (begin < end)
+        memset(static_cast<void*>(static_cast<In*>(bag.grad_f) + begin * bag.D), 0, (end - begin) * bag.D * sizeof(In));
+}
+
 template <class In, class A>
-void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage) {
+void backward_write(BagWork& bag, int64_t end, void* stage) {
+    const Scratch<A> scratch{bag};
+    const int t = bag.detach_routing ? bag.T : 2;  // the first iteration whose weights the gradient goes through
+    const int count = bag.T == 1 ? 0 : bag.detach_routing ? 1 : 2 * (bag.T - 1);
+    Pairs<A> pairs{scratch.spare(), scratch.w(t), scratch.e(t), count, bag.m, bag.Dp};
+    const bool in_place = __is_same(In, A) && bag.D == bag.Dp;
+    const bool past_cache = bag.stream_out && in_place && reinterpret_cast<uintptr_t>(bag.grad_f) % kVectorBytes == 0;
+    int64_t row = bag.written == 0 ? 0 : (bag.index ? bag.index[bag.written - 1] : bag.written - 1) + 1;
+    while (bag.written < end) {
+        In* rows[kBlock];
+        A* out[kBlock];
+        const int n = static_cast<int>(end - bag.written < kBlock ? end - bag.written : kBlock);
+        for (int k = 0; k < n; ++k, ++row) {
+            const int64_t real = bag.index ? bag.index[bag.written + k] : bag.written + k;
+            zero_rows<In>(bag, row, real);
+            row = real;
+            rows[k] = static_cast<In*>(bag.grad_f) + row * bag.D;
+            out[k] = in_place ? reinterpret_cast<A*>(rows[k]) : static_cast<A*>(stage) + k * bag.Dp;
+        }
+        pairs.coefficients = scratch.w(t) + bag.written;
+        switch (count) {
+            case 0:
+                pairs.template write<0>(out, n, past_cache);
+                break;
+            case 2:
+                pairs.template write<2>(out, n, past_cache);
+                break;
+            case 4:
+                pairs.template write<4>(out, n, past_cache);
+                break;
+            default:
+                pairs.template write<-1>(out, n, past_cache);
+        }
+        if (!in_place)
+            for (int k = 0; k < n; ++k) narrow_row(out[k], rows[k], bag.D);
+        bag.written += n;
+    }
+    if (end == bag.m) zero_rows<In>(bag, row, bag.rows_in_memory);
+}
+
+template <class In, class A>
+void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage, Beside beside) {
     const Scratch<A> scratch{bag};
     const bool with_grad_weights = t == bag.T && bag.grad_weights && !bag.detach_routing;
     A* acc = scratch.partial(chunk) + kBlock;
@@ -420,6 +513,11 @@ void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage) {
             memcpy(scratch.beta(t) + r, beta, block.n * sizeof(A));
         }
         if (!bag.detach_routing) block_sum<true, A>(block.rows, beta, acc, bag.Dp);
+        if (beside.bag) {
+            const int64_t to = beside.bag->written + beside.blocks * kBlock;
+            if (beside.bag->written < beside.bag->m)
+                backward_write<In, A>(*beside.bag, to < beside.bag->m ? to : beside.bag->m, stage);
+        }
     }
 }
 
@@ -443,87 +541,6 @@ void backward_end(BagWork& bag) {
     const bool shared = bag.m && (bag.T == 1 || !bag.detach_routing);
     const A scale = shared ? A(1) / static_cast<A>(bag.m) : A(0);
     for (int64_t d = 0; d < bag.Dp; ++d) base[d] = shared ? scale * scratch.e(1)[d] : A(0);
-}
-
-// The sum over pairs of coefficient and vector in dL/df, for the rows of one block:
-// out[r] = base + sum_p coefficients[p * m + r] vectors[p * Dp].
-template <class A>
-struct Pairs {
-    const A* base;
-    const A* coefficients;
-    const A* vectors;
-    int count;
-    int64_t m, Dp;
-
-    // kCount < 0: a count known only at run time. G vectors from column d on.
-    template <int kCount, int G>
-    void write_columns(A* const* out, int n, int64_t d) const {
-        constexpr int W = kWidth<A>;
-        Vec<A> b[G], v[kCount < 1 ? 1 : kCount][G];
-        for (int g = 0; g < G; ++g) b[g] = load(base + d + g * W);
-        for (int p = 0; p < kCount; ++p)
-            for (int g = 0; g < G; ++g) v[p][g] = load(vectors + p * Dp + d + g * W);
-        for (int r = 0; r < n; ++r) {
-            Vec<A> x[G];
-            for (int g = 0; g < G; ++g) x[g] = b[g];
-            for (int p = 0; p < (kCount < 0 ? count : kCount); ++p)
-                for (int g = 0; g < G; ++g)
-                    x[g] += (kCount < 0 ? load(vectors + p * Dp + d + g * W) : v[kCount < 0 ? 0 : p][g]) *
-                            coefficients[p * m + r];
-            for (int g = 0; g < G; ++g) store(out[r] + d + g * W, x[g]);
-        }
-    }
-    template <int kCount>
-    void write(A* const* out, int n) const {
-        constexpr int W = kWidth<A>, G = kVectorBytes == 64 ? 4 : 2;
-        int64_t d = 0;
-        for (; d + G * W <= Dp; d += G * W) write_columns<kCount, G>(out, n, d);
-        for (; d < Dp; d += W) write_columns<kCount, 1>(out, n, d);
-    }
-};
-
-template <class In, class A>
-void backward_write(BagWork& bag, int64_t chunk, void* stage_memory) {
-    const Scratch<A> scratch{bag};
-    const int t = bag.detach_routing ? bag.T : 2;  // the first iteration whose weights the gradient goes through
-    const int count = bag.T == 1 ? 0 : bag.detach_routing ? 1 : 2 * (bag.T - 1);
-    Pairs<A> pairs{scratch.spare(), scratch.w(t), scratch.e(t), count, bag.m, bag.Dp};
-    const bool in_place = __is_same(In, A) && bag.D == bag.Dp;
-    In* rows[kBlock];
-    A* out[kBlock];
-    int n = 0;
-    const auto flush = [&] {
-        for (int k = 0; k < n; ++k)
-            out[k] = in_place ? reinterpret_cast<A*>(rows[k]) : static_cast<A*>(stage_memory) + k * bag.Dp;
-        switch (count) {
-            case 0:
-                pairs.template write<0>(out, n);
-                break;
-            case 2:
-                pairs.template write<2>(out, n);
-                break;
-            case 4:
-                pairs.template write<4>(out, n);
-                break;
-            default:
-                pairs.template write<-1>(out, n);
-        }
-        if (!in_place)
-            for (int k = 0; k < n; ++k) narrow_row(out[k], rows[k], bag.D);
-        pairs.coefficients += n;
-        n = 0;
-    };
-    pairs.coefficients += chunk_begin(bag, chunk);
-    for_each_row(bag, chunk, [&](int64_t row, int64_t r) {
-        In* out_row = static_cast<In*>(bag.grad_f) + row * bag.D;
-        if (r < 0) {
-            memset(out_row, 0, bag.D * sizeof(In));
-            return;
-        }
-        rows[n++] = out_row;
-        if (n == kBlock) flush();
-    });
-    flush();
 }
 
 template <class In, class A>

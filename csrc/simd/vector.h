@@ -51,6 +51,18 @@ inline void store(A* p, Vec<A> v) {
     *reinterpret_cast<typename VectorOf<A>::unaligned*>(p) = v;
 }
 
+// To an aligned address, without reading the line first or keeping it.
+template <class A>
+inline void store_past_cache(A* p, Vec<A> v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#else
+    store(p, v);
+#endif
+}
+
 template <class A>
 inline A sum_lanes(Vec<A> v) {
     A lanes[kWidth<A>];
