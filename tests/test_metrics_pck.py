@@ -1,6 +1,8 @@
 """PCK, PCKh, confusion and histograms: by hand, against MPII's published numbers, and across processes."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -305,3 +307,13 @@ def test_skeletons_travel_between_processes():
     own = Skeleton("own", ("left a", "right a"), ("la", "ra"), ((0, 1),), {"head": (0,)}, (0, 1), {})
     again = pickle.loads(pickle.dumps(own))
     assert again.joints == own.joints and again.mirror_pairs == ((0, 1),)
+
+
+def test_metrics_need_torch_only():
+    """``amil_fast.metrics`` is part of the library; torchmetrics, OpenCV, SciPy and Matplotlib are extras."""
+    code = (
+        "import sys, amil_fast, amil_fast.metrics, amil_fast.pose.skeletons, amil_fast.data, amil_fast.evaluation;"
+        "print(sorted({'torchmetrics', 'cv2', 'scipy', 'matplotlib', 'typer', 'rich', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

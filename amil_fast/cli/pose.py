@@ -1,6 +1,7 @@
 """Commands about poses: ``amil evaluate``, ``predict``, ``pack`` and ``show``."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -156,7 +157,8 @@ def predict(
     """Find the joints of people in images and videos.
 
     Writes `predictions.json` (COCO results, with box and file name) and overlays. What can't be read is reported and
-    the rest goes on; the exit code is 1 then, and 0 where all went well.
+    the rest goes on. Exit codes: 0 all done, 1 something was unreadable, 2 nothing done, 130 interrupted (whole files
+    only are left).
 
     `--boxes`: an object `{"photo.jpg": [[x, y, width, height], ...]}`, or a list of rows with `bbox` and `file_name`
     or `image_id`, and `frame` for videos.
@@ -387,6 +389,8 @@ def _predictor(checkpoint, model, skeleton, size, mirror, refine, device):
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} can't be used: {str(error).splitlines()[0]}") from None
+    if model is not None and "" not in sys.path:
+        sys.path.insert(0, "")  # a module of the user's in the current folder, as `python -m` would find it
     network = load_model(checkpoint, model)
     return Predictor(network, skeleton=skeleton, size=size, mirror=mirror, refine=refine, device=device)
 
@@ -424,6 +428,8 @@ def _score_table(summary):
         caption=f"{counted}. AUC of the mean, 0 to 0.5: {_cell(summary['auc'])}\n"
         "mean: joints weighted by their number; plain: average of the joints",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("r", justify="right")
     for group in groups:
