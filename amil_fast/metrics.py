@@ -50,6 +50,7 @@ def normalized_errors(predictions, targets, normalizer, valid):
     Arguments as in :func:`pck`. Returns ``errors (S, K)`` float64, infinite where the prediction is NaN and NaN where
     nothing is counted, and ``counted (S, K)`` bool: valid joints of samples that have a size.
     """
+    predictions, targets, normalizer, valid = map(torch.as_tensor, (predictions, targets, normalizer, valid))
     _check(predictions, targets, normalizer, valid)
     size = normalizer.double()
     counted = (valid != 0) & ((size > 0) & torch.isfinite(size))[:, None]

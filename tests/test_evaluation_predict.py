@@ -132,6 +132,25 @@ def test_same_names_do_not_overwrite_each_other(tmp_path):
     assert [row["file_name"] for row in rows] == ["a.png", "a-2.png"] and len(report.written) == 3
 
 
+def test_inputs_are_never_overwritten(tmp_path):
+    write(tmp_path / "in/a.png", ground(40, 40))
+    write(tmp_path / "in/b.bmp", ground(40, 40))
+    before = (tmp_path / "in/a.png").read_bytes()
+    predictor = Predictor(ColorFinder())
+    with pytest.raises(DataError, match=r"in: expected another folder, the overlay would overwrite .*a.png"):
+        predict(predictor, [tmp_path / "in/a.png"], tmp_path / "in")
+    with pytest.raises(DataError, match=r"expected another folder"):
+        predict(predictor, [tmp_path / "in"], tmp_path / "in")
+    # a folder of results below the inputs is not taken for input by the next run
+    for _ in range(2):
+        report = predict(predictor, [tmp_path / "in"], tmp_path / "in/found")
+        assert report.pictures == 2
+    names = sorted(path.name for path in (tmp_path / "in/found").iterdir())
+    assert names == ["a.png", "b.bmp.jpg", "predictions.json"]
+    predict(predictor, [tmp_path / "in/a.png"], tmp_path / "in", overlays=False)
+    assert (tmp_path / "in/a.png").read_bytes() == before
+
+
 def test_damaged_videos_are_reported_and_the_rest_goes_on(inputs, tmp_path):
     folder, _ = inputs
     data = (folder / "clip.avi").read_bytes()

@@ -93,15 +93,20 @@ def predict(
         only when whole, and ``predictions.json`` holds all pictures done so far.
 
     Raises:
-        DataError: an input that isn't there or of no known kind, no input at all, a bad file of boxes.
+        DataError: an input that isn't there or of no known kind, no input at all, a bad file of boxes, an overlay that
+            would overwrite its input.
     """
     table = Boxes(boxes)
-    found = find_inputs(inputs)
+    out = Path(out)
+    # What an earlier run left in a folder inside an input folder is no input.
+    found = [(path, name) for path, name in find_inputs(inputs) if name == Path(path.name) or not _inside(path, out)]
     if not found:
         raise DataError(f"{', '.join(map(str, inputs))}: no image or video found")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     found = [(path, name) for (path, _), name in zip(found, _distinct([name for _, name in found]), strict=True)]
+    for path, name in found:
+        if overlays and _target(out, name).resolve() == path.resolve():
+            raise DataError(f"{out}: expected another folder, the overlay would overwrite {path}")
+    out.mkdir(parents=True, exist_ok=True)
     report, rows = Report(), []
     total = _count(found)
     margin = margin if margin is not None else 1.0 if boxes is None else _BOX_MARGIN
@@ -177,6 +182,18 @@ def write_whole(path, data):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _inside(path, folder):
+    return folder.resolve() in path.resolve().parents
+
+
+def _target(out, name):
+    """The overlay's file: JPEG and PNG keep their names, as AVI does; other images become JPEG, other videos MP4."""
+    suffix = name.suffix.lower()
+    if is_video(name):
+        return out / (name if suffix == ".avi" else name.with_suffix(".mp4"))
+    return out / (name if suffix in (".jpg", ".jpeg", ".png") else f"{name}.jpg")
 
 
 def _distinct(names):
@@ -319,8 +336,8 @@ class _Sink:
             self._write_frame(picture, image)
 
     def _write_image(self, name, image):
-        suffix = ".png" if name.suffix.lower() == ".png" else ".jpg"
-        target = self._out / (name if name.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}{suffix}")
+        target = _target(self._out, name)
+        suffix = ".png" if target.suffix.lower() == ".png" else ".jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         options = [cv2.IMWRITE_JPEG_QUALITY, 92] if suffix == ".jpg" else []
         write_whole(target, cv2.imencode(suffix, image, options)[1].tobytes())
@@ -330,8 +347,7 @@ class _Sink:
         # Codecs want even sides.
         height, width = (side - side % 2 for side in image.shape[:2])
         if self._video is None:
-            target = self._out / picture.name
-            self._target = target.with_suffix(".mp4") if target.suffix.lower() != ".avi" else target
+            self._target = _target(self._out, picture.name)
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._partial = self._target.with_name(f".{self._target.stem}.partial{self._target.suffix}")
             codec = cv2.VideoWriter.fourcc(*("MJPG" if self._target.suffix.lower() == ".avi" else "mp4v"))
