@@ -51,6 +51,11 @@ def decode_cuda(heatmaps, *arguments):
 
     ``kept_alive`` may go before the kernel has run: its memory is reused for work on the same stream only.
     """
+    if not native().with_cuda:
+        raise RuntimeError(
+            "decode_heatmaps: the extension was built without CUDA (amil_fast.info() says why). Install the package "
+            "where nvcc is found, or pass backend='reference'"
+        )
     coords, scores, call, kept_alive = _prepare(heatmaps, *arguments)
     device = heatmaps.device.index
     native().decode_heatmaps_cuda(call, device, torch.cuda.current_stream(device).cuda_stream)

@@ -309,10 +309,13 @@ Step<T> blur_step(const DecodeCall& call, const Map<T>& map, const Peak<T>& peak
     const Refine refine = call.refine;
     const int H = call.H, W = call.W, x = peak.x, y = peak.y;
     Block<T> block;
-    if (radius == 5)  // the usual kernel of 11
-        blur_around<5>(map, H, W, x, y, stencil_reach(refine), weights, radius, scratch, block);
+    const int reach = stencil_reach(refine);
+    if (radius == 5)  // the usual kernels, 11 and 17: their loops are unrolled
+        blur_around<5>(map, H, W, x, y, reach, weights, radius, scratch, block);
+    else if (radius == 8)
+        blur_around<8>(map, H, W, x, y, reach, weights, radius, scratch, block);
     else
-        blur_around<0>(map, H, W, x, y, stencil_reach(refine), weights, radius, scratch, block);
+        blur_around<0>(map, H, W, x, y, reach, weights, radius, scratch, block);
 
     T values[kLanes];  // more than kStencil, to fill whole vectors
     bool touched = false;
