@@ -20,6 +20,7 @@ from decode_cases import (
 import amil_fast
 from amil_fast import decode_heatmaps
 from amil_fast.ops._backends import native
+from amil_fast.ops._decode_native import _prepare
 from amil_fast.ops._decode_reference import blur_weights
 from amil_fast.ops.heatmaps import encode_heatmaps
 
@@ -460,6 +461,14 @@ def test_the_operator_is_seen_by_tracers():
     other = make_maps("noisy", (2, 3, 12, 10), 9)
     expected = decode_heatmaps(other, refine="quarter")
     assert all(torch.equal(a, b) for a, b in zip(graph(other), expected, strict=True))
+
+
+@pytest.mark.skipif(not native().with_cuda, reason="the extension was built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: tests/test_decode_gpu.py uses it")
+def test_cuda_code_is_linked_and_says_what_it_lacks():
+    _, _, call, _kept_alive = _prepare(MAPS, None, [], False, None, None, None, "none", "hrnet", 11)
+    with pytest.raises(RuntimeError, match=r"decode_heatmaps on CUDA: .*(driver|device)"):
+        native().decode_heatmaps_cuda(call, 0, 0)
 
 
 def test_modules_see_the_same_function():

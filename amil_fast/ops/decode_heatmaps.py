@@ -158,7 +158,7 @@ def _dispatcher_has_work(tensors):
     """Whether anything but the plain kernel would act on a call: compiler, tracer, mode, transform, subclass.
 
     The way through the dispatcher to a kernel in Python and back costs 7 us, or 30 us just after 13 MB of maps went
-    through the caches; a tenth of the whole call on (64, 17, 64, 48) with 2 cores of a Xeon (Sapphire Rapids).
+    through the caches: a tenth of the whole call on (64, 17, 64, 48) with 2 cores of a Xeon with AVX-512.
     """
     return (
         torch.compiler.is_compiling()
