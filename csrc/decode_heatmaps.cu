@@ -276,23 +276,21 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 4) decode_kernel(const __gri
     const int64_t bytes = sizeof(Shared<T>) + launch.buffer * sizeof(T);
     Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_memory + group_in_block * bytes);
     T* buffer = reinterpret_cast<T*>(&shared + 1);
-    const int64_t maps = call.B * launch.joints, stride = static_cast<int64_t>(gridDim.x) * groups;
-    for (int64_t m = static_cast<int64_t>(blockIdx.x) * groups + group_in_block; m < maps; m += stride) {
-        const int64_t b = m / launch.joints, joint = m % launch.joints, k = launch.first_joint + joint;
-        const MapView<In> map(call, b, k, call.flipped ? launch.swap[joint] : 0);
-        Peak<T> peak = reduce(group, search<In, T>(map, call.H, call.W, group), shared);
-        if (peak.nan) peak.value = NAN, peak.index = 0;
-        const int x = peak.index % call.W, y = peak.index / call.W;
-        Step<T> step = {0, 0};
-        if (peak.value > 0) {
-            if (call.refine == Refine::quarter)
-                step = quarter_step<T>(map, call.convention, call.H, call.W, x, y);
-            else if (refines_by_blur(call.refine, call.H, call.W, x, y, peak.value))
-                step = blur_step(map, launch, group, shared, buffer, peak.value, x, y);
-        }
-        if (group.rank == 0) write_joint(call, b, k, peak.value, x, y, step);
-        group.sync();  // before the next map takes the shared memory
+    const int64_t m = static_cast<int64_t>(blockIdx.x) * groups + group_in_block;
+    if (m >= call.B * launch.joints) return;  // a warp of the last block; only warps share a block with others
+    const int64_t b = m / launch.joints, joint = m % launch.joints, k = launch.first_joint + joint;
+    const MapView<In> map(call, b, k, call.flipped ? launch.swap[joint] : 0);
+    Peak<T> peak = reduce(group, search<In, T>(map, call.H, call.W, group), shared);
+    if (peak.nan) peak.value = NAN, peak.index = 0;
+    const int x = peak.index % call.W, y = peak.index / call.W;
+    Step<T> step = {0, 0};
+    if (peak.value > 0) {
+        if (call.refine == Refine::quarter)
+            step = quarter_step<T>(map, call.convention, call.H, call.W, x, y);
+        else if (refines_by_blur(call.refine, call.H, call.W, x, y, peak.value))
+            step = blur_step(map, launch, group, shared, buffer, peak.value, x, y);
     }
+    if (group.rank == 0) write_joint(call, b, k, peak.value, x, y, step);
 }
 
 void check(cudaError_t status) {
@@ -329,8 +327,9 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
             for (int64_t j = 0; j < launch.joints; ++j) launch.swap[j] = static_cast<int>(call.swap[first + j]);
         const int64_t blocks = (call.B * launch.joints + groups - 1) / groups;
         void* arguments[] = {&launch};
-        check(cudaLaunchKernel(&decode_kernel<In, T>, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 30))),
-                               dim3(threads), arguments, shared_bytes, stream));
+        if (blocks > INT32_MAX) throw std::runtime_error("decode_heatmaps on CUDA: more than 2^31 - 1 blocks of maps");
+        check(cudaLaunchKernel(&decode_kernel<In, T>, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
+                               shared_bytes, stream));
     }
 }
 

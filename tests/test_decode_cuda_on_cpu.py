@@ -123,6 +123,14 @@ def test_blurs(kernel, blur_kernel, refine):
             compare(kernel, make_maps("noise", (1, 2, H, W), 4, dtype), refine=refine, blur_kernel=blur_kernel)
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
+def test_the_blurred_maximum_may_be_in_any_corner(kernel, corner):
+    for H, W in ((12, 9), (70, 50)):
+        maps = make_maps("constant", (1, 1, H, W)) * 1e-3
+        maps[0, 0, corner[0], corner[1]] = 2e-3
+        compare(kernel, maps, refine="dark_udp", blur_kernel=1)
+
+
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("transform", ["box", "affine"])
 def test_transforms(kernel, convention, transform):
