@@ -13,6 +13,7 @@ from rich.table import Table
 
 from amil_fast.data.bags import load_bags
 from amil_fast.ops import adjust_pool
+from amil_fast.training import mil_study
 from amil_fast.training.mil import PAPER_SETTINGS, MilSettings, cross_validate
 
 app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: classify bags of instances.")
@@ -139,3 +140,51 @@ def _cv_table(result):
         "mean", f"{result['accuracy_mean']:.3f} ± {result['accuracy_std']:.3f}", "-" if auc is None else f"{auc:.3f}"
     )
     return table
+
+
+@app.command()
+def study(
+    data: Annotated[list[Path], typer.Argument(help="Bag files.")],
+    out: Annotated[Path, typer.Option(help="Folder for study.json, study.md and study.png.")] = Path("runs/mil_study"),
+    group: Annotated[
+        list[str] | None, typer.Option(help="pooling, network, ingredients or all; may be given more than once.")
+    ] = None,
+    repetitions: Annotated[int | None, typer.Option(min=1, help="Use the first repetitions only.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every row, instead of its own.")] = None,
+    seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = _DEFAULT.seed,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+):
+    """Which ingredient makes the difference: cross-validations over poolings, network options and parts of the recipe.
+
+    Every row is one cross-validation of one network per fold. Stopped and started again it goes on where it was.
+
+    Example: `amil mil study musk1.npz tiger.npz --group pooling --out runs/study`
+    """
+    changes = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
+    console = Console(quiet=quiet)
+    try:
+        cells = mil_study.study_cells(group or ("pooling", "network", "ingredients"), **changes)
+        files = {path.stem: load_bags(path) for path in data}
+        if len(files) < len(data):
+            raise ValueError("data: expected files with different names")
+        out.mkdir(parents=True, exist_ok=True)
+        with progress_bar(console, quiet) as progress:
+            task = progress.add_task("", total=None)
+            content = mil_study.run_study(
+                files,
+                cells,
+                out / "study.json",
+                repetitions=repetitions,
+                on_cell=lambda done, total, label: progress.update(
+                    task, completed=done, total=total, description=_plain(label)
+                ),
+            )
+        table = mil_study.rows(files, cells, content, repetitions)
+        (out / "study.md").write_text(mil_study.to_markdown(table))
+        mil_study.draw(out / "study.png", table)
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"{out}: {error}")
+    console.print(mil_study.to_markdown(table), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {out / 'study.json'}, study.md, study.png", markup=False, highlight=False, soft_wrap=True)
