@@ -29,7 +29,7 @@ def single_concept(rng, label, test):
 
 
 def false_frequency(rng, label, test):
-    """A key instance in positive bags. Training: these also hold 6 of a common kind, negative bags 1; test: reversed."""
+    """A key instance in positive bags. Training: they also hold 6 of a common kind, negative bags 1; test: reversed."""
     x = rng.normal(size=(12, _FEATURES))
     if label:
         x[0, 0] += 4
@@ -76,6 +76,6 @@ def test_other_poolings_count(pooling):
 @pytest.mark.parametrize("pooling", ["adjust", "attention"])
 @pytest.mark.parametrize("loss", ["bce", "mil"])
 def test_scoring_heads_break_it(pooling, loss):
-    """Kept as a known limit: a head gives a feature a negative weight as easily as a positive one, whatever the pooling."""
+    """Kept as a known limit: a head weighs a feature negatively as easily as positively, whatever the pooling."""
     trained, turned = outcome(single_concept, pooling, loss)
     assert trained > 0.95 and turned < 0.5
