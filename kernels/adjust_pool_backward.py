@@ -11,23 +11,23 @@ With ``g = dL/ds^T``, ``e^t = dL/dsigma^t``, ``J`` the squash's Jacobian, ``s_su
         e^(t-1)  = J(sigma^(t-1))' (h^T + ... + h^t)
     dL/df_i = w_i^1 e^1 + sum_(t >= 2) (w_i^t e^t + beta_i^t s_sum^t),   w_i^1 = 1 / m
 
-The last line needs 2 (T - 1) numbers per instance. Bags in chunks keep them, so that the pass that writes the gradient does
-not read the instances again; on chip the gradient is accumulated in registers. There s_sum is written out,
-``sum_t beta_i^t s_sum^t = sum_(t < T) (beta_i^(t+1) + ... + beta_i^T) s^t``, with ``s^t = factor^t sigma^t`` and sigma at hand.
+The last line needs 2 (T - 1) numbers per instance. Bags in chunks keep them, so that the pass that writes the gradient
+does not read the instances again; on chip the gradient is accumulated in registers. There s_sum is written out,
+``sum_t beta_i^t s_sum^t = sum_(t < T) (beta_i^(t+1) + ... + beta_i^T) s^t``, with ``s^t = factor^t sigma^t`` and sigma
+at hand.
 
 With the routing detached, or T = 1, only ``dL/df_i = w_i^T e^T`` is left.
 """
 
 import triton
 import triton.language as tl
-
 from amil_fast.kernels.adjust_pool_common import (
     arrive,
-    bag_extent,
     bag_pointer,
-    is_own_bag,
+    bag_rows,
     locate,
     routing_sum,
+    row_mask,
     squash_backward,
     squash_factor,
 )
@@ -43,9 +43,9 @@ def adjust_pool_backward_on_chip_kernel(
 ):  # fmt: skip
     """One program computes the gradient of BAGS bags of at most BLOCK_N instances each, held in registers.
 
-    Moves: the instances once, in (not at all without READ, for T = 1); their gradient once, out, zeros where masked; sigma
-    about T / 2 times (from the cache). Accumulates in sigma's dtype, by tree reductions over the tile. ROUTING: gradient through
-    the weights too. Packed bags longer than BLOCK_N are left to the chunk kernels.
+    Moves: the instances once, in (not at all without READ, for T = 1); their gradient once, out, zeros where masked;
+    sigma about T / 2 times (from the cache). Accumulates in sigma's dtype, by tree reductions over the tile. ROUTING:
+    gradient through the weights too. Packed bags longer than BLOCK_N are left to the chunk kernels.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT;
     contiguous gradients; READ if T > 1; no ROUTING if T = 1.
     """
@@ -84,13 +84,14 @@ def adjust_pool_backward_on_chip_kernel(
         bag_ptrs = bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT)
         ptrs = bag_ptrs[:, None, None] + (n[None, :, None] * (stride_n.to(tl.int64) * UNIT) + d[None, None, :])
         mask_f = valid[:, :, None] & (d < D)[None, None, :]
-        f = tl.load(ptrs, mask=mask_f, other=0, eviction_policy="evict_first").to(dtype)
+        tile = tl.load(ptrs, mask=mask_f, other=0, eviction_policy="evict_first")
 
     if ROUTING:
         grad = tl.zeros([BAGS, BLOCK_N, BLOCK_D], dtype)
         h = tl.zeros([BAGS, BLOCK_D], dtype)
-        for k in range(0, T - 1):
+        for k in tl.range(T - 1, disable_licm=True):
             t = T - 1 - k
+            f = tile.to(dtype)
             s_sum = routing_sum(sigma_ptrs, mask_s, t, D)
             lse = tl.load(lse_ptrs + t, mask=mask_b, other=0)
             w = tl.where(valid, tl.exp(tl.sum(f * s_sum[:, None, :], 2) - lse[:, None]), 0)
@@ -107,7 +108,7 @@ def adjust_pool_backward_on_chip_kernel(
         logits = tl.zeros([BAGS, BLOCK_N], dtype)
         if READ:
             s_sum = routing_sum(sigma_ptrs, mask_s, T - 1, D)
-            logits = tl.sum(f * s_sum[:, None, :], 2)
+            logits = tl.sum(tile.to(dtype) * s_sum[:, None, :], 2)
         w = tl.exp(logits - tl.load(lse_ptrs + T - 1, mask=mask_b, other=0)[:, None])
         grad = w[:, :, None] * e[:, None, :]
     grad = tl.where(valid[:, :, None], grad, 0)
@@ -116,47 +117,38 @@ def adjust_pool_backward_on_chip_kernel(
 
 
 @triton.jit
-def row_mask(mask_ptr, n, high):
-    """Which of the rows n of a bag, up to ``high``, are real."""
-    valid = n < high
-    if mask_ptr is not None:
-        valid = valid & (tl.load(mask_ptr + n, mask=valid, other=0) != 0)
-    return valid
-
-
-@triton.jit
 def route(
     instances_ptr, mask_ptr, grad_weights_ptr, scalars_ptr, low, high, s_sum, e, lse, shift, last, num_rows, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One pass over rows low..high of a bag: the sums ``h (1, BLOCK_D)`` and ``sum_i w_i v_i (1, 1)`` (0 unless ``last``).
+    """One pass over rows low..high of a bag: the sums ``h (1, BLOCK_D)`` and ``sum_i w_i v_i (1, 1)`` (0 unless
+    ``last``).
 
     ``shift = sigma . e``. Stores w and beta to ``scalars``, two rows of ``num_rows``. With a gradient v of the weights,
-    their shift ``sum_j w_j v_j`` is not known before the end; it is left out of beta and h here, and subtracted from them
-    where they are used. Every row of a tile has its own sums, as in the forward pass.
+    their shift ``sum_j w_j v_j`` is not known before the end; it is left out of beta and h here, and subtracted from
+    them where they are used. Every row of a tile has its own sums, as in the forward pass.
     """
     dtype = s_sum.dtype
     d = tl.arange(0, BLOCK_D)
     step = stride_n.to(tl.int64) * UNIT
     h = tl.zeros([BLOCK_N, BLOCK_D], dtype)
-    wv = tl.zeros([BLOCK_N, 1], dtype)
-    for n0 in tl.range(low, high, BLOCK_N, num_stages=NUM_STAGES):
+    wv = tl.zeros([BLOCK_N], dtype)
+    for n0 in tl.range(low, high, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
         n = n0 + tl.arange(0, BLOCK_N)
         valid = row_mask(mask_ptr, n, high)
         ptrs = instances_ptr + n0 * step + (tl.arange(0, BLOCK_N)[:, None] * step + d[None, :])
         f = tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0).to(dtype)
-        w = tl.exp(tl.sum(f * s_sum, 1, keep_dims=True) - lse)
-        w = tl.where(valid[:, None], w, 0)  # (BLOCK_N, 1)
-        x = tl.sum(f * e, 1, keep_dims=True) - shift
+        w = tl.where(valid, tl.exp(tl.sum(f * s_sum, 1) - lse), 0)
+        x = tl.sum(f * e, 1) - shift
         if grad_weights_ptr is not None:
-            v = tl.load(grad_weights_ptr + n[:, None], mask=valid[:, None] & last, other=0)
+            v = tl.load(grad_weights_ptr + n, mask=valid & last, other=0)
             x += v
             wv += w * v
         beta = w * x
-        h += beta * f
-        tl.store(scalars_ptr + n[:, None], w, mask=(n < high)[:, None])
-        tl.store(scalars_ptr + num_rows + n[:, None], beta, mask=(n < high)[:, None])
-    return tl.sum(h, 0, keep_dims=True), tl.sum(wv, 0, keep_dims=True)
+        h += beta[:, None] * f
+        tl.store(scalars_ptr + n, w, mask=n < high)
+        tl.store(scalars_ptr + num_rows + n, beta, mask=n < high)
+    return tl.sum(h, 0, keep_dims=True), tl.sum(wv[:, None], 0, keep_dims=True)
 
 
 @triton.jit
@@ -164,16 +156,18 @@ def write_gradient(
     grad_ptr, mask_ptr, scalars_ptr, sigma_ptr, lse_ptr, e_ptr, factors_ptr, low, high, padding, T, num_rows,
     D: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of rows low..high of a bag and zeros to the rows high..padding, from 2 (T - 1) numbers per row."""
+    """Writes the gradient of rows low..high of a bag and zeros to the rows high..padding, from 2 (T - 1) numbers per
+    row.
+    """
     dtype = sigma_ptr.dtype.element_ty
     d = tl.arange(0, BLOCK_D)[None, :]
     lse = tl.load(lse_ptr)
-    for n0 in range(low, padding, BLOCK_N):
+    for n0 in tl.range(low, padding, BLOCK_N, disable_licm=True):
         n = n0 + tl.arange(0, BLOCK_N)
         valid = row_mask(mask_ptr, n, high)[:, None]
         grad = tl.exp(-lse) * tl.load(e_ptr + d, mask=d < D, other=0) + tl.zeros([BLOCK_N, BLOCK_D], dtype)
         betas = tl.zeros([BLOCK_N, 1], dtype)
-        for k in range(0, T - 1):
+        for k in tl.range(T - 1, disable_licm=True):
             t = T - 1 - k
             ptrs = scalars_ptr + (t - 1) * 2 * num_rows + n[:, None]
             w = tl.load(ptrs, mask=valid, other=0)
@@ -201,57 +195,12 @@ def last_e(grad_bag_ptr, sigma_ptr, b, T, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def next_e(e_ptr, factors_ptr, sigma_ptr, h, t, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """From ``h = h^T + ... + h^t`` stores and returns e^(t-1), and stores the squash factor of sigma^(t-1); t from 0."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    sigma = tl.load(sigma_ptr + (t - 1) * D + d, mask=d < D, other=0)
-    e = squash_backward(sigma, h)
-    tl.store(e_ptr + (t - 1) * D + d, e, mask=d < D)
-    tl.store(factors_ptr + t - 1 + tl.arange(0, 1)[None, :], squash_factor(sigma))
-    return e
-
-
-@triton.jit
-def unpool_bag(
-    grad_bag_ptr, grad_weights_ptr, instances_ptr, mask_ptr, sigma_ptr, lse_ptr, grad_ptr, scalars_ptr, e_ptr, factors_ptr,
-    b, length, padding, T, num_rows, stride_n,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """The whole gradient of one bag. The pointers to data per instance are to the bag's first instance."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    one = tl.arange(0, 1)[None, :]
-    e = last_e(grad_bag_ptr, sigma_ptr, b, T, D, BLOCK_D)
-    row = b.to(tl.int64) * T
-    sigma_ptr += row * D
-    lse_ptr += row
-    e_ptr += row * D
-    factors_ptr += row
-    tl.store(e_ptr + (T - 1) * D + d, e, mask=d < D)
-    h = tl.zeros([1, BLOCK_D], sigma_ptr.dtype.element_ty)
-    for k in range(0, T - 1):
-        t = T - 1 - k
-        s_sum = routing_sum(sigma_ptr + d, d < D, t, D)
-        sigma = tl.load(sigma_ptr + t * D + d, mask=d < D, other=0)
-        shift = tl.sum(sigma * e, 1, keep_dims=True)
-        h_t, wv = route(
-            instances_ptr, mask_ptr, grad_weights_ptr, scalars_ptr + (t - 1) * 2 * num_rows, 0, length, s_sum, e,
-            tl.load(lse_ptr + t), shift, k == 0, num_rows, stride_n, D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
-        )  # fmt: skip
-        if grad_weights_ptr is not None:
-            h_t -= wv * sigma
-            tl.store(factors_ptr + T - 1 + one, wv, mask=(one + k) == 0)
-        h += h_t
-        e = next_e(e_ptr, factors_ptr, sigma_ptr, h, t, T, D, BLOCK_D)
-    tl.debug_barrier()  # other threads stored what is read now
-    write_gradient(
-        grad_ptr, mask_ptr, scalars_ptr, sigma_ptr, lse_ptr, e_ptr, factors_ptr, 0, length, padding, T, num_rows,
-        D, grad_weights_ptr is not None, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-
-
-@triton.jit
-def merge_chunks(stats_ptr, partial_ptr, first, step, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sums the partial results in the slots ``first, first + step, ...``, ``count`` of them: (1, 1) and (1, BLOCK_D)."""
+def merge_chunks(
+    stats_ptr, partial_ptr, first, step, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Sums the partial results in the slots ``first, first + step, ...``, ``count`` of them: (1, 1) and (1,
+    BLOCK_D).
+    """
     d = tl.arange(0, BLOCK_D)[None, :]
     wv = tl.zeros([BLOCK_N, 1], partial_ptr.dtype.element_ty)
     h = tl.zeros([BLOCK_N, BLOCK_D], partial_ptr.dtype.element_ty)
@@ -271,96 +220,116 @@ def store_chunk(stats_ptr, partial_ptr, slot, wv, h, D: tl.constexpr, BLOCK_D: t
     tl.store(partial_ptr + slot.to(tl.int64) * D + d, h, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["B", "N", "T", "t", "num_rows", "num_slots", "chunk_rows", "min_rows", "stride_b", "stride_n"])
+@triton.jit(
+    do_not_specialize=[
+        "B",
+        "N",
+        "T",
+        "first_t",
+        "num_rows",
+        "num_slots",
+        "chunk_rows",
+        "min_rows",
+        "stride_b",
+        "stride_n",
+    ]
+)
 def adjust_pool_backward_chunks_kernel(
     grad_bag_ptr, grad_weights_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, lse_ptr,
-    grad_ptr, scalars_ptr, e_ptr, factors_ptr, stats_ptr, partial_ptr, counters_ptr,
-    B, N, T, t, num_rows, num_slots, chunk_rows, min_rows, stride_b, stride_n,
+    scalars_ptr, e_ptr, factors_ptr, stats_ptr, partial_ptr, counters_ptr,
+    B, N, T, first_t, num_rows, num_slots, chunk_rows, min_rows, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    OWN_BAGS: tl.constexpr, FIRST: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, NUM_STAGES: tl.constexpr,
+    OWN_BAGS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program streams one chunk: the whole gradient of a bag of one chunk, iteration t of a longer one's.
+    """One program streams one chunk: iterations T ... 2 of a bag of one chunk, one of them of a longer one.
 
-    Launched with FIRST (t = T - 1, counted from 0), which serves every bag of one chunk and the last iteration of the
-    longer ones, and, with SPLIT, for t = T - 2 ... 1. Partial sums are added in the order of the chunks by the last program to arrive, as in
-    the forward pass; it also stores e^(t-1) for the next launch. The gradient of the longer bags is written by
-    :func:`adjust_pool_backward_write_kernel`.
+    Launched with first_t = T - 1 (iterations count from 0), which serves every bag of one chunk and the last iteration
+    of the longer ones, and, with SPLIT, once more for each of the others down to 1. Partial sums are added in the order
+    of the chunks by the last program to arrive, as in the forward pass. It leaves what
+    :func:`adjust_pool_backward_write_kernel` makes the gradient of.
 
-    Moves: the instances T - 1 times; w and beta of each iteration, out and in; for bags of one chunk their gradient, out.
-    Workspace: scalars (T - 1, 2, num_rows); e (B, T, D), its first row the running sum of h until it is e^1; factors (B, T),
-    the squash factor of every sigma but the last, in whose place stands sum_i w_i v_i; stats (slots,), partial (slots, D),
-    counters (T, 2, slots) int32. All but the counters, which are 0, uninitialised. Accumulates in sigma's dtype.
-    Asserted by the launcher: T >= 2; unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients; no
-    bag has more than one chunk without SPLIT.
+    Moves: the instances T - 1 times; w and beta of each iteration, out.
+    Workspace: scalars (T - 1, 2, num_rows): w and beta; e (B, T, D), whose first row is the running sum of h until it
+    is e^1; factors (B, T), the squash factor of every sigma but the last, in whose place stands sum_i w_i v_i; stats
+    (slots,), partial (slots, D); counters (T, 2, slots) int32, which are 0. Accumulates in sigma's dtype.
+    Asserted by the launcher: T >= 2; unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients;
+    no bag has more than one chunk without SPLIT; grad_weights_ptr only with first_t = T - 1.
     """
     pid = tl.program_id(0)
     slot = pid
-    if t % 2 == 1:
+    if first_t % 2 == 1:
         slot = num_slots - 1 - pid
-    b, last_bag, index, chunks, first_slot, low, high, padding = locate(
+    first_bag, last_bag, index, chunks, first_slot, rows = locate(
         pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS
     )
-    if FIRST:
-        for k in range(0, last_bag - b):
-            own = b + k
-            start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, own, N)
-            if is_own_bag(pid, start, length, num_slots, chunk_rows, min_rows):
-                unpool_bag(
-                    grad_bag_ptr,
-                    grad_weights_ptr if grad_weights_ptr is None else grad_weights_ptr + start,
-                    bag_pointer(instances_ptr, cu_seqlens_ptr, own, start, stride_b, stride_n, UNIT),
+    d = tl.arange(0, BLOCK_D)[None, :]
+    one = tl.arange(0, 1)[None, :]
+    steps = T - 1
+    if SPLIT:
+        steps = tl.where(chunks > 1, 1, T - 1)
+        if (chunks <= 1) & (first_t < T - 1):
+            last_bag = first_bag  # was done in the first launch
+    for k in tl.range(0, last_bag - first_bag, disable_licm=True):
+        b = first_bag + k
+        start, low, high, padding, work = bag_rows(
+            pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
+        )
+        if work:
+            row = b.to(tl.int64) * T
+            sigmas_ptr = sigma_ptr + row * D
+            es_ptr = e_ptr + row * D
+            facts_ptr = factors_ptr + row
+            if first_t == T - 1:
+                e = last_e(grad_bag_ptr, sigma_ptr, b, T, D, BLOCK_D)
+                if index == 0:
+                    tl.store(es_ptr + first_t * D + d, e, mask=d < D)
+            else:
+                e = tl.load(es_ptr + first_t * D + d, mask=d < D, other=0)
+            for step in tl.range(0, steps, disable_licm=True):
+                t = first_t - step
+                s_sum = routing_sum(sigmas_ptr + d, d < D, t, D)
+                sigma = tl.load(sigmas_ptr + t * D + d, mask=d < D, other=0)
+                h_t, wv = route(
+                    bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT),
                     mask_ptr if mask_ptr is None else mask_ptr + start,
-                    sigma_ptr, lse_ptr, grad_ptr + start * D, scalars_ptr + start, e_ptr, factors_ptr,
-                    own, length, tl.maximum(length, padding), T, num_rows, stride_n,
+                    grad_weights_ptr if grad_weights_ptr is None else grad_weights_ptr + start,
+                    scalars_ptr + start + (t - 1) * 2 * num_rows, low, high, s_sum, e,
+                    tl.load(lse_ptr + row + t), tl.sum(sigma * e), t == T - 1, num_rows, stride_n,
                     D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
                 )  # fmt: skip
-    if SPLIT:
-        if chunks > 1:
-            start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
-            d = tl.arange(0, BLOCK_D)[None, :]
-            one = tl.arange(0, 1)[None, :]
-            if FIRST:
-                e = last_e(grad_bag_ptr, sigma_ptr, b, T, D, BLOCK_D)
-            row = b.to(tl.int64) * T
-            sigma_ptr += row * D
-            lse_ptr += row
-            e_ptr += row * D
-            factors_ptr += row
-            if not FIRST:
-                e = tl.load(e_ptr + t * D + d, mask=d < D, other=0)
-            s_sum = routing_sum(sigma_ptr + d, d < D, t, D)
-            sigma = tl.load(sigma_ptr + t * D + d, mask=d < D, other=0)
-            h, wv = route(
-                bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT),
-                mask_ptr if mask_ptr is None else mask_ptr + start,
-                grad_weights_ptr if grad_weights_ptr is None else grad_weights_ptr + start,
-                scalars_ptr + start + (t - 1) * 2 * num_rows, low, high, s_sum, e,
-                tl.load(lse_ptr + t), tl.sum(sigma * e, 1, keep_dims=True), FIRST, num_rows, stride_n,
-                D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
-            )  # fmt: skip
-            store_chunk(stats_ptr, partial_ptr, slot, wv, h, D, BLOCK_D)
-
-            counters_ptr += t * 2 * num_slots  # (T, 2, num_slots): arrivals per group of chunks, and of groups per bag
-            group = index // GROUP * GROUP
-            group_chunks = tl.minimum(chunks - group, GROUP)
-            if arrive(counters_ptr + first_slot + group, group_chunks):
-                first = first_slot + group
-                wv, h = merge_chunks(stats_ptr, partial_ptr, first, 1, group_chunks, D, BLOCK_N, BLOCK_D)
-                tl.debug_barrier()  # the group's result takes the place of its first chunk's, which all threads have read
-                store_chunk(stats_ptr, partial_ptr, first, wv, h, D, BLOCK_D)
-                groups = (chunks + GROUP - 1) // GROUP
-                if arrive(counters_ptr + num_slots + first_slot, groups):
-                    wv, h = merge_chunks(stats_ptr, partial_ptr, first_slot, GROUP, groups, D, BLOCK_N, BLOCK_D)
-                    if FIRST:
-                        tl.store(e_ptr + t * D + d, e, mask=d < D)
-                        if grad_weights_ptr is not None:
-                            h -= wv * sigma
-                            tl.store(factors_ptr + t + one, wv)
-                    else:
-                        h += tl.load(e_ptr + d, mask=d < D, other=0)
-                    next_e(e_ptr, factors_ptr, sigma_ptr, h, t, T, D, BLOCK_D)
+                complete = chunks <= 1
+                if SPLIT:
+                    if chunks > 1:
+                        store_chunk(stats_ptr, partial_ptr, slot, wv, h_t, D, BLOCK_D)
+                        counts_ptr = counters_ptr + t * 2 * num_slots
+                        group = index // GROUP * GROUP
+                        group_chunks = tl.minimum(chunks - group, GROUP)
+                        if arrive(counts_ptr + first_slot + group, group_chunks):
+                            first = first_slot + group
+                            wv, h_t = merge_chunks(stats_ptr, partial_ptr, first, 1, group_chunks, D, BLOCK_N, BLOCK_D)
+                            tl.debug_barrier()  # all threads have read what the group's result now replaces
+                            store_chunk(stats_ptr, partial_ptr, first, wv, h_t, D, BLOCK_D)
+                            groups = (chunks + GROUP - 1) // GROUP
+                            if arrive(counts_ptr + num_slots + first_slot, groups):
+                                wv, h_t = merge_chunks(
+                                    stats_ptr, partial_ptr, first_slot, GROUP, groups, D, BLOCK_N, BLOCK_D
+                                )
+                                complete = chunks > 1
+                if complete:
+                    if grad_weights_ptr is not None:
+                        if t == T - 1:
+                            h_t -= wv * tl.load(sigmas_ptr + t * D + d, mask=d < D, other=0)
+                            tl.store(facts_ptr + t + one, wv)
+                    if t < T - 1:
+                        h_t += tl.load(es_ptr + d, mask=d < D, other=0)  # the sum so far
+                    tl.debug_barrier()  # all threads have read it; it is replaced
                     if t > 1:
-                        tl.store(e_ptr + d, h, mask=d < D)
+                        tl.store(es_ptr + d, h_t, mask=d < D)
+                        tl.debug_barrier()
+                    sigma = tl.load(sigmas_ptr + (t - 1) * D + d, mask=d < D, other=0)
+                    e = squash_backward(sigma, h_t)
+                    tl.store(facts_ptr + t - 1 + one, squash_factor(sigma))
+                    tl.store(es_ptr + (t - 1) * D + d, e, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "num_rows", "num_slots", "chunk_rows", "min_rows"])
@@ -368,19 +337,23 @@ def adjust_pool_backward_write_kernel(
     grad_weights_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, lse_ptr,
     grad_ptr, scalars_ptr, e_ptr, factors_ptr,
     B, N, T, num_rows, num_slots, chunk_rows, min_rows,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OWN_BAGS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes the gradient of one chunk of a bag of several chunks, and zeros to the padding in its slot.
+    """One program writes the gradient of one chunk, and zeros to the padding after it.
 
     Moves: 2 (T - 1) numbers per instance, in; the gradient once, out; sigma and e from the cache.
-    Asserted by the launcher: T >= 2; the workspace is what the chunk kernel's T - 1 launches left; the grid is the slots.
+    Asserted by the launcher: T >= 2; the workspace is what the chunk kernel's launches left; the grid is that of its
+    first.
     """
     pid = tl.program_id(0)
-    b, last_bag, index, chunks, first_slot, low, high, padding = locate(
-        pid, pid, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, 1
+    first_bag, last_bag, index, chunks, first_slot, rows = locate(
+        pid, pid, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS
     )
-    if (chunks > 1) | ((index > 0) & (padding > tl.maximum(high, low))):
-        start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
+    for k in tl.range(0, last_bag - first_bag, disable_licm=True):
+        b = first_bag + k
+        start, low, high, padding, work = bag_rows(
+            pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
+        )
         row = b.to(tl.int64) * T
         write_gradient(
             grad_ptr + start * D,
@@ -400,35 +373,30 @@ def adjust_pool_backward_detached_kernel(
 ):  # fmt: skip
     """One program writes ``dL/df_i = w_i^T e^T`` for one chunk, or for bags without a slot, and zeros to the padding.
 
-    Moves: the instances once, in (not at all without READ, for T = 1); their gradient once, out. Chunks need nothing from
-    each other, so one launch serves bags of any length.
-    Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients; READ if T > 1.
+    Moves: the instances once, in (not at all without READ, for T = 1); their gradient once, out. Chunks need nothing
+    from each other, so one launch serves bags of any length.
+    Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients; READ if
+    T > 1.
     """
     pid = tl.program_id(0)
-    b, last_bag, index, chunks, first_slot, low, high, padding = locate(
+    first_bag, last_bag, index, chunks, first_slot, rows = locate(
         pid, pid, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS
     )
     dtype = sigma_ptr.dtype.element_ty
     d = tl.arange(0, BLOCK_D)[None, :]
     step = stride_n.to(tl.int64) * UNIT
-    if pid < num_slots:
-        last_bag = b + 1
-    for k in range(0, last_bag - b):
-        own = b + k
-        start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, own, N)
-        active = is_own_bag(pid, start, length, num_slots, chunk_rows, min_rows)
-        if pid >= num_slots:
-            high = tl.where(active, length, 0)
-            padding = high
-        elif cu_seqlens_ptr is not None:
-            padding = tl.where(chunks == 0, low, padding)  # somebody else's bag
+    for k in tl.range(0, last_bag - first_bag, disable_licm=True):
+        b = first_bag + k
+        start, low, high, padding, work = bag_rows(
+            pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
+        )
         if padding > low:
-            e = last_e(grad_bag_ptr, sigma_ptr, own, T, D, BLOCK_D)
-            row = own.to(tl.int64) * T
+            e = last_e(grad_bag_ptr, sigma_ptr, b, T, D, BLOCK_D)
+            row = b.to(tl.int64) * T
             lse = tl.load(lse_ptr + row + T - 1)
             s_sum = routing_sum(sigma_ptr + row * D + d, d < D, T - 1, D)
-            f_ptr = bag_pointer(instances_ptr, cu_seqlens_ptr, own, start, stride_b, stride_n, UNIT)
-            for n0 in tl.range(low, padding, BLOCK_N, num_stages=NUM_STAGES):
+            f_ptr = bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT)
+            for n0 in tl.range(low, padding, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
                 n = n0 + tl.arange(0, BLOCK_N)
                 valid = row_mask(mask_ptr if mask_ptr is None else mask_ptr + start, n, high)[:, None]
                 logits = tl.zeros([BLOCK_N, 1], dtype)

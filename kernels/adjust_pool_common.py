@@ -1,14 +1,15 @@
 """Device functions shared by the forward and the backward kernels of adjust pooling.
 
-Notation (see ``amil_fast/ops/adjust_pool.py`` and the paper): ``f`` instances, ``b`` logits, ``w`` weights, ``sigma`` the
-weighted sums before the squash, ``s`` after it, ``s_sum`` the running sum of s, T the number of iterations.
+Notation (see ``amil_fast/ops/adjust_pool.py`` and the paper): ``f`` instances, ``b`` logits, ``w`` weights, ``sigma``
+the weighted sums before the squash, ``s`` after it, ``s_sum`` the running sum of s, T the number of iterations.
 
-Because the logits start at 0, those of iteration t are ``b_i = f_i . s_sum`` with ``s_sum = s^1 + ... + s^(t-1)``: every
-iteration is single-query attention with the instances as keys and values, and nothing of the size of the instances is stored.
+Because the logits start at 0, those of iteration t are ``b_i = f_i . s_sum`` with ``s_sum = s^1 + ... + s^(t-1)``:
+every iteration is single-query attention with the instances as keys and values, and nothing of the size of the
+instances is stored.
 
-Vectors of a bag have shape (G, BLOCK_D), G bags at a time. Offsets into tensors of instances are 64-bit; a row number within
-a bag fits 32 bits (the launcher asserts it). Row strides are passed in units of UNIT elements, the largest power of two up
-to 16 bytes that divides them, so that the compiler knows that rows are aligned and loads 16 bytes at a time.
+Vectors of a bag have shape (G, BLOCK_D), G bags at a time. Offsets into tensors of instances are 64-bit; a row number
+within a bag fits 32 bits (the launcher asserts it). Row strides are passed in units of UNIT elements, the largest power
+of two up to 16 bytes that divides them, so that the compiler knows that rows are aligned and loads 16 bytes at a time.
 """
 
 import triton
@@ -29,7 +30,8 @@ def squash_factor(sigma):
 def squash_backward(sigma, grad):
     """The squash's Jacobian, transposed, times ``grad``: both (G, BLOCK_D).
 
-    With ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``: ``c grad + (c' / n) (sigma . grad) sigma``; 0 at n = 0.
+    With ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``: ``c grad + (c' / n) (sigma . grad) sigma``; 0 at n
+    = 0.
     """
     n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
     dot = tl.sum(sigma * grad, 1, keep_dims=True)
@@ -46,7 +48,7 @@ def routing_sum(sigma_ptrs, mask_d, count, D: tl.constexpr):
     Added in the order in which the forward pass adds them, so that both passes see the same logits bit for bit.
     """
     s_sum = tl.zeros(sigma_ptrs.shape, sigma_ptrs.dtype.element_ty)
-    for t in range(0, count):
+    for t in range(count):
         sigma = tl.load(sigma_ptrs + t * D, mask=mask_d, other=0)
         s_sum += squash_factor(sigma) * sigma
     return s_sum
@@ -94,16 +96,15 @@ def bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNI
 def locate(pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS: tl.constexpr):
     """What a program of a chunk kernel works on. The grid is a function of shapes alone; the sizes are looked up here.
 
-    The first ``num_slots`` programs each serve a slot. Padded bags have ``ceil(N / chunk_rows)`` slots each; those past a
-    bag's length are idle. Packed bags have a slot at each row that is a multiple of ``chunk_rows``; a bag is shared evenly
-    by the slots whose row lies in it. So ``ceil(total / chunk_rows)`` slots serve any mix of lengths, and no chunk has more
-    than twice ``chunk_rows`` rows. Packed bags that no slot's row lies in are shorter than ``chunk_rows``: the programs
-    after the slots' look through the bags, OWN_BAGS each, and work on those (:func:`is_own_bag`).
+    The first ``num_slots`` programs each serve a slot. Padded bags have ``ceil(N / chunk_rows)`` slots each; those past
+    a bag's length are idle. Packed bags have a slot at each row that is a multiple of ``chunk_rows``; a bag is shared
+    evenly by the slots whose row lies in it. So ``ceil(total / chunk_rows)`` slots serve any mix of lengths, and no
+    chunk has more than twice ``chunk_rows`` rows. Packed bags that no slot's row lies in are shorter than
+    ``chunk_rows``: the programs after the slots' look through the bags, OWN_BAGS each, and take those.
 
-    Returns scalars: the bag; the end of the range of bags, from this one on, that the program works on alone (a slot's
-    program: this bag if it has one chunk, else none); the chunk's index in the bag; the number of chunks of the bag, 0
-    where the slot is idle; slot of the bag's first chunk; the chunk's rows within the bag, first and last (exclusive), and
-    the end of the rows of padding that follow it.
+    Returns scalars: the first bag and the end of the range of bags to look at (:func:`bag_rows`), one for a slot's
+    program; the chunk's index in the bag; the number of chunks of the bag, 0 where the slot is idle and for the
+    programs after the slots'; the slot of the bag's first chunk; and the number of rows of a chunk.
     """
     if pid >= num_slots:
         b = (pid - num_slots) * OWN_BAGS
@@ -111,9 +112,7 @@ def locate(pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, 
         index = slot * 0
         chunks = slot * 0
         first_slot = slot
-        low = slot * 0
-        high = slot * 0
-        padding = slot * 0
+        rows = N
     else:
         if cu_seqlens_ptr is not None:
             b = find_bag(cu_seqlens_ptr, slot.to(tl.int64) * chunk_rows, B)
@@ -122,9 +121,6 @@ def locate(pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, 
             chunks = ((start + length - 1) // chunk_rows).to(tl.int32) + 1 - first_slot
             rows = (length + chunks - 1) // chunks
             index = slot - first_slot
-            low = index * rows
-            high = tl.minimum(low + rows, length)
-            padding = high
             chunks = tl.where(length > min_rows, chunks, 0)
         else:
             slots_per_bag = (N + chunk_rows - 1) // chunk_rows
@@ -132,20 +128,41 @@ def locate(pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, 
             start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
             first_slot = b * slots_per_bag
             chunks = tl.maximum((length + chunk_rows - 1) // chunk_rows, 1)
+            rows = chunk_rows
             index = slot - first_slot
-            low = index * chunk_rows
-            high = tl.minimum(low + chunk_rows, length)
-            padding = tl.minimum(low + chunk_rows, N)
             chunks = tl.where(index < chunks, chunks, 0)
-        last_bag = tl.where(chunks == 1, b + 1, b)
-    return b, last_bag, index, chunks, first_slot, low, high, padding
+        last_bag = b + 1
+    return b, last_bag, index, chunks, first_slot, rows
 
 
 @triton.jit
-def is_own_bag(pid, start, length, num_slots, chunk_rows, min_rows):
-    """Whether a bag in the range from :func:`locate` is to be worked on: a slot's bag, or a packed one without a slot."""
-    without_slot = (start + chunk_rows - 1) // chunk_rows * chunk_rows >= start + length
-    return (pid < num_slots) | (without_slot & (length > min_rows))
+def bag_rows(pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows):
+    """The rows of bag b, out of :func:`locate`'s range, that program ``pid`` works on.
+
+    Returns scalars: first row of the bag in the flattened instances (int64); within the bag, first and last (exclusive)
+    row of the chunk, and the end of the padding to be filled after it (not above the last row, if there is none);
+    whether there is anything to compute.
+    """
+    start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
+    low = index * rows
+    high = tl.minimum(low + rows, length)
+    if cu_seqlens_ptr is None:
+        padding = tl.minimum(low + rows, N)
+        work = chunks > 0
+    else:
+        without_slot = (start + chunk_rows - 1) // chunk_rows * chunk_rows >= start + length
+        work = tl.where(pid < num_slots, chunks > 0, without_slot & (length > min_rows))
+        padding = tl.where(work, high, low)
+    return start, low, high, padding, work
+
+
+@triton.jit
+def row_mask(mask_ptr, n, high):
+    """Which of the rows n of a bag, up to ``high``, are real."""
+    valid = n < high
+    if mask_ptr is not None:
+        valid = valid & (tl.load(mask_ptr + n, mask=valid, other=0) != 0)
+    return valid
 
 
 @triton.jit

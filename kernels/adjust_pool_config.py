@@ -1,8 +1,8 @@
 """Which kernels serve a call of adjust pooling and in which configuration: a pure function of sizes, dtype and pass.
 
 Nothing is tuned at run time. The limits below are register, shared-memory and occupancy arithmetic for Ampere and newer
-(65,536 registers and 164-228 KB of shared memory per multiprocessor, 255 registers per thread); none has been measured on a
-GPU yet. ``python -m amil_fast.kernels.aot`` shows what the compiler makes of them.
+(65,536 registers and 164-228 KB of shared memory per multiprocessor, 255 registers per thread); none has been measured
+on a GPU yet. ``python -m amil_fast.kernels.aot`` shows what the compiler makes of them.
 """
 
 from dataclasses import dataclass
@@ -12,32 +12,46 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """The constants behind :func:`pick_plan`, as a value that tests and sweeps can replace. To be measured on a GPU."""
+    """The constants behind :func:`pick_plan`, as a value that tests and sweeps can replace. To be measured on a GPU.
 
-    # A bag on chip lives in registers as float32: 64 of a thread's registers for the tile leave as many again for
-    # addresses, vectors and reductions at 128 registers per thread, the most that 16 warps can have. The backward pass holds
-    # the gradient beside it, so half the tile. float64 takes two registers for each number.
-    on_chip_registers: int = 64
+    Numbers of elements are of at most 4 bytes; a quarter as many of float64, twice the registers and far from the point
+    of a GPU.
+    """
+
+    # A bag on chip lives in registers, 16 warps at most, 128 registers per thread then. Forward: 64 elements per thread
+    # leave as many registers for vectors, addresses and reductions, and the compiler keeps within 128. Backward, the
+    # float32 gradient and three vectors stand beside the tile: it spills from 32 elements per thread on.
     on_chip_warps: int = 16
-    # The fewer elements a thread holds, the more warps share the latency of reductions; below this, warps are mostly idle.
-    on_chip_elements_per_thread: int = 32
-    # Tiny bags: this many elements of several bags in one program, 4 warps of 32 elements per thread.
+    on_chip_forward: int = 64
+    on_chip_backward: int = 16
+    # Fewer elements per thread if the bag is smaller than that: more warps share the reductions, and 32 elements take
+    # 64-80 registers, so that 3 or 4 programs of 8 warps fit on a multiprocessor and one loads while others compute.
+    on_chip_typical: int = 32
+    # Tiny bags: this many elements of several bags in one program, 4 warps of 32.
     tiny_elements: int = 4096
-    # A tile of the chunk kernels: 32 float32 accumulators per thread beside 32 elements in flight. 8 warps x 32 x 32 elements are
-    # 16 KB of float16: with 3 stages and 2 programs on a multiprocessor about 64 KB are on their way at any time, where
-    # 25-40 KB hide the latency of HBM3 (4.8 TB/s / 132 multiprocessors x 0.7-1 us).
-    chunk_registers: int = 32
+    # A tile of the chunk kernels: 16 elements per thread, 8 warps. Accumulators, vectors and addresses then fit in the
+    # 128 registers that let two programs share a multiprocessor; 32 elements spill. With 4 stages 3 tiles of 8 KB
+    # (float16) are on their way per program: 48 KB per multiprocessor, where 25-40 KB hide the latency of HBM3 (4.8
+    # TB/s over 132 multiprocessors times 0.7-1 us).
+    chunk_elements: int = 16
     chunk_warps: int = 8
-    chunk_stages: int = 3
+    chunk_stages: int = 4
+    chunk_registers: int = 128
+    # Above this many features twice the warps, so that a row fits in registers.
+    chunk_wide_features: int = 4096
+    # Rows of a tile at most; more are of no use to the loads, and every row has its own maximum and sums.
+    chunk_block_n: int = 256
     # Chunks per multiprocessor that the instances are split into: enough that ragged chunks even out.
     chunks_per_multiprocessor: int = 8
-    # But no fewer rows than this in a chunk: its partial result, D float32, stays below 1 % of a chunk's bytes in float16.
+    # But no fewer rows in a chunk than this: its partial result, D float32, is then below 1 % of its bytes in float16.
     chunk_rows: int = 256
-    # A chunk of a group is merged by one program: with 32 x 32 chunks two levels reach 1024 chunks.
+    # Chunks whose results one program merges: two levels of 32 reach 1024 chunks per bag.
     group: int = 32
-    # One program per bag if there are at least this many bags per multiprocessor, or if the bag has at most `chunk_rows` rows.
+    # One program per bag from this many bags per multiprocessor on: with splitting, T launches instead of one, and the
+    # instances are read again from memory instead of the L2 cache.
     stream_bags_per_multiprocessor: int = 4
-    # Packed bags of mixed plans: programs that look for bags too long for the chip and without a slot take this many each.
+    # Packed bags of mixed plans: programs that look for bags too long for the chip and without a slot take this many
+    # each.
     own_bags: int = 8
 
 
@@ -55,8 +69,9 @@ class OnChip:
 class Chunks:
     """Bags streamed in chunks of ``chunk_rows`` rows.
 
-    ``split``: bags of several chunks are possible; otherwise one program streams each bag. ``min_rows``: packed bags of at most
-    this many rows are served on chip (-1: none are). ``own_bags``: bags per program that looks for packed bags without a slot.
+    ``split``: bags of several chunks are possible; otherwise one program streams each bag. ``min_rows``: packed bags of
+    at most this many rows are served on chip (-1: none are). ``own_bags``: bags per program that looks for packed bags
+    without a slot.
     """
 
     block_n: int
@@ -68,17 +83,23 @@ class Chunks:
     group: int
     num_warps: int
     num_stages: int
+    registers: int  # per thread at most
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call launches: bags on chip, bags in chunks, or, for packed bags whose lengths the host can't see, both."""
+    """What a call launches: bags on chip, bags in chunks, or, for packed bags whose lengths the host can't see,
+    both.
+    """
 
     on_chip: OnChip | None
     chunks: Chunks | None
 
 
-MAX_FEATURES = 16384  # 32 per thread in a tile of one row: twice the 16 of 4096, the most that is promised
+MAX_REGISTERS = 255  # of a thread
+REGISTERS = 65536  # of a multiprocessor
+# The largest tile of one row, 32 elements for each of 512 threads. Above 4096 the backward kernels spill registers.
+MAX_FEATURES = 16384
 
 
 def next_power_of_2(n):
@@ -97,32 +118,30 @@ def _on_chip(rows, B, block_d, words, backward, multiprocessors, limits):
     """The on-chip configuration for bags of up to ``rows`` rows, or None where a bag does not fit."""
     block_n = next_power_of_2(rows)
     bag = block_n * block_d
-    tiles = 2 if backward else 1
-    if bag * words * tiles > limits.on_chip_registers * limits.on_chip_warps * WARP:
+    most = (limits.on_chip_backward if backward else limits.on_chip_forward) // words
+    if bag > most * limits.on_chip_warps * WARP:
         return None
     # Several bags per program only as far as every multiprocessor still gets a few programs.
     spare = _previous_power_of_2(B // (4 * multiprocessors))
-    bags = _clamp(_previous_power_of_2(limits.tiny_elements // (words * tiles) // bag), 1, spare)
-    elements = bags * bag
-    per_thread = limits.on_chip_elements_per_thread // (words * tiles)
-    num_warps = _clamp(next_power_of_2(elements // (WARP * per_thread)), 1, limits.on_chip_warps)
+    bags = _clamp(_previous_power_of_2(limits.tiny_elements // (2 if backward else 1) // words // bag), 1, spare)
+    per_thread = min(most, limits.on_chip_typical // words)
+    num_warps = _clamp(next_power_of_2(bags * bag // (WARP * per_thread)), 1, limits.on_chip_warps)
     return OnChip(bags, block_n, block_d, num_warps)
 
 
-def _chunks(packed, B, N, block_d, words, min_rows, multiprocessors, limits):
+def _chunks(packed, B, N, D, itemsize, words, min_rows, multiprocessors, limits):
     """The configuration in chunks. ``N``: rows per padded bag, or of all packed bags."""
-    per_thread = limits.chunk_registers // words
-    tile = per_thread * limits.chunk_warps * WARP
-    num_warps = limits.chunk_warps
-    if block_d > tile:
-        num_warps = min(next_power_of_2(block_d // (per_thread * WARP)), 16)
-    block_n = _clamp(tile // block_d, 1, 1024)
+    block_d = next_power_of_2(D)
+    tile = limits.chunk_elements // words * limits.chunk_warps * WARP
+    num_warps = limits.chunk_warps if block_d <= limits.chunk_wide_features else 2 * limits.chunk_warps
     rows = N if packed else B * N
     chunk_rows = max(limits.chunk_rows, next_power_of_2(rows // (limits.chunks_per_multiprocessor * multiprocessors)))
     if not packed and (N <= chunk_rows or B >= limits.stream_bags_per_multiprocessor * multiprocessors):
         chunk_rows = N
+    # float64, rows that don't fill their tile: the compiler needs more registers than fit twice
+    registers = limits.chunk_registers if words == 1 and D == block_d else MAX_REGISTERS
     return Chunks(
-        block_n=block_n,
+        block_n=_clamp(tile // block_d, 1, limits.chunk_block_n),
         block_d=block_d,
         chunk_rows=chunk_rows,
         min_rows=min_rows,
@@ -130,19 +149,21 @@ def _chunks(packed, B, N, block_d, words, min_rows, multiprocessors, limits):
         split=N > chunk_rows,
         group=limits.group,
         num_warps=num_warps,
-        num_stages=limits.chunk_stages,
+        num_stages=max(limits.chunk_stages - itemsize // 4, 1) if itemsize < 8 else 1,
+        registers=min(registers, REGISTERS // (WARP * num_warps)),
     )
 
 
 def pick_plan(packed, B, N, D, itemsize, backward, multiprocessors=132, limits=None):
-    """The plan for ``B`` bags of ``N`` rows each, or, if ``packed``, of ``N`` rows in all; ``D`` features of ``itemsize`` bytes.
+    """The plan for ``B`` bags of ``N`` rows each, or, if ``packed``, of ``N`` rows in all; D features of ``itemsize``
+    bytes.
 
-    On chip if every bag fits. Packed bags can have any lengths that add up to N: if bags of twice the mean length fit, those are served
-    on chip and the longer ones in chunks, otherwise all in chunks.
+    On chip if every bag fits. Packed bags can have any lengths that add up to N: if bags of twice the mean length fit,
+    those are served on chip and the longer ones in chunks, otherwise all in chunks.
     """
     limits = limits or Limits()
     block_d = next_power_of_2(D)
-    words = 2 if itemsize == 8 else 1
+    words = 4 if itemsize == 8 else 1
     on_chip = _on_chip(N, B, block_d, words, backward, multiprocessors, limits)
     if on_chip is not None:
         return Plan(on_chip, None)
@@ -151,4 +172,4 @@ def pick_plan(packed, B, N, D, itemsize, backward, multiprocessors=132, limits=N
         on_chip = _on_chip(max(2 * N // B, 16), B, block_d, words, backward, multiprocessors, limits)
         if on_chip is not None:
             min_rows = on_chip.block_n
-    return Plan(on_chip, _chunks(packed, B, N, block_d, words, min_rows, multiprocessors, limits))
+    return Plan(on_chip, _chunks(packed, B, N, D, itemsize, words, min_rows, multiprocessors, limits))

@@ -10,15 +10,14 @@ the accumulation dtype.
 
 import triton
 import triton.language as tl
-
 from amil_fast.kernels.adjust_pool_common import (
     LOWEST,
     arrive,
-    bag_extent,
     bag_pointer,
-    is_own_bag,
+    bag_rows,
     locate,
     routing_sum,
+    row_mask,
     squash_factor,
 )
 
@@ -32,8 +31,8 @@ def adjust_pool_forward_on_chip_kernel(
 ):  # fmt: skip
     """One program pools BAGS bags of at most BLOCK_N instances each, held in registers from the first read on.
 
-    Moves: the instances once, in; T (D + 1) numbers per bag, out. Accumulates in sigma's dtype, by tree reductions over the
-    tile. Packed bags longer than BLOCK_N are left to the chunk kernel.
+    Moves: the instances once, in; T (D + 1) numbers per bag, out. Accumulates in sigma's dtype, by tree reductions over
+    the tile. Packed bags longer than BLOCK_N are left to the chunk kernel.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT.
     """
     dtype = sigma_ptr.dtype.element_ty
@@ -58,14 +57,15 @@ def adjust_pool_forward_on_chip_kernel(
         valid = valid & (tl.load(mask_ptr + offs_w, mask=valid, other=0) != 0)
     ptrs = bag_ptrs[:, None, None] + (n[None, :, None] * (stride_n.to(tl.int64) * UNIT) + d[None, None, :])
     mask_f = valid[:, :, None] & (d < D)[None, None, :]
-    f = tl.load(ptrs, mask=mask_f, other=0, eviction_policy="evict_first").to(dtype)
+    tile = tl.load(ptrs, mask=mask_f, other=0, eviction_policy="evict_first")
 
     mask_s = mask_b[:, None] & (d < D)[None, :]
     sigma_ptrs = sigma_ptr + (b.to(tl.int64) * T * D)[:, None] + d[None, :]
     s_sum = tl.zeros([BAGS, BLOCK_D], dtype)
     s = s_sum
     w = tl.zeros([BAGS, BLOCK_N], dtype)
-    for t in range(0, T):
+    for t in tl.range(T, disable_licm=True):
+        f = tile.to(dtype)
         logits = tl.where(valid, tl.sum(f * s_sum[:, None, :], 2), float("-inf"))
         maximum = tl.maximum(tl.max(logits, 1), LOWEST)
         w = tl.exp(logits - maximum[:, None])
@@ -94,8 +94,9 @@ def attend(
     """One pass over rows low..high of a bag: ``(maximum, total, sigma)``, shapes (1, 1), (1, 1), (1, BLOCK_D).
 
     ``total = sum_i exp(b_i - maximum)``, ``sigma = sum_i exp(b_i - maximum) f_i``, not yet divided by it. Each of the
-    BLOCK_N rows of a tile keeps its own running maximum and sums, so that the loop has no reduction over rows: warps run
-    on without waiting for each other until the end. Stores the logits too if ``store_logits`` and ``logits_ptr`` is given.
+    BLOCK_N rows of a tile keeps its own running maximum and sums, so that the loop has no reduction over rows: warps
+    run on without waiting for each other until the end. Stores the logits too if ``store_logits`` and ``logits_ptr`` is
+    given.
     """
     dtype = s_sum.dtype
     n = tl.arange(0, BLOCK_N)
@@ -104,10 +105,8 @@ def attend(
     maximum = tl.full([BLOCK_N], LOWEST, dtype)
     total = tl.zeros([BLOCK_N], dtype)
     sigma = tl.zeros([BLOCK_N, BLOCK_D], dtype)
-    for n0 in tl.range(low, high, BLOCK_N, num_stages=NUM_STAGES):
-        valid = n0 + n < high
-        if mask_ptr is not None:
-            valid = valid & (tl.load(mask_ptr + n0 + n, mask=valid, other=0) != 0)
+    for n0 in tl.range(low, high, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
+        valid = row_mask(mask_ptr, n0 + n, high)
         ptrs = bag_ptr + n0 * step + (n[:, None] * step + d[None, :])
         f = tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0).to(dtype)
         logits = tl.sum(f * s_sum, 1)
@@ -125,7 +124,9 @@ def attend(
 
 @triton.jit
 def merge(maximum, total, sigma):
-    """Partial results (R,), (R,), (R, BLOCK_D) of R sets of rows -> those of their union, (1, 1), (1, 1), (1, BLOCK_D)."""
+    """Partial results (R,), (R,), (R, BLOCK_D) of R sets of rows -> those of their union, (1, 1), (1, 1), (1,
+    BLOCK_D).
+    """
     maximum = maximum[:, None]
     new_maximum = tl.max(maximum, 0, keep_dims=True)
     rescale = tl.exp(maximum - new_maximum)
@@ -171,7 +172,9 @@ def store_chunk(stats_ptr, partial_ptr, slot, maximum, total, sigma, D: tl.const
 
 
 @triton.jit
-def store_iteration(bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_iteration(
+    bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Stores what iteration t (from 0) of bag b yields, the bag vector in the last one; returns s (1, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)[None, :]
     one = tl.arange(0, 1)[None, :]
@@ -186,126 +189,102 @@ def store_iteration(bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma,
     return s
 
 
-@triton.jit
-def normalize_weights(weights_ptr, mask_ptr, lse_ptr, low, high, BLOCK_N: tl.constexpr):
-    """Turns the logits that lie in rows low..high of the weights into ``exp(b - lse)``, where the mask is set."""
-    lse = tl.load(lse_ptr)
-    n = tl.arange(0, BLOCK_N)
-    for n0 in range(low, high, BLOCK_N):
-        valid = n0 + n < high
-        if mask_ptr is not None:
-            valid = valid & (tl.load(mask_ptr + n0 + n, mask=valid, other=0) != 0)
-        logits = tl.load(weights_ptr + n0 + n, mask=valid, other=0)
-        tl.store(weights_ptr + n0 + n, tl.exp(logits - lse), mask=valid)
-
-
-@triton.jit
-def pool_bag(
-    instances_ptr, mask_ptr, weights_ptr, bag_ptr, sigma_ptr, lse_ptr, b, length, T, stride_n,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """All T iterations of one bag; the first three pointers are to its first instance."""
-    s_sum = tl.zeros([1, BLOCK_D], sigma_ptr.dtype.element_ty)
-    for t in range(0, T):
-        maximum, total, sigma = attend(
-            instances_ptr, mask_ptr, weights_ptr, 0, length, s_sum, t == T - 1, stride_n,
-            D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
-        )  # fmt: skip
-        s_sum += store_iteration(bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D)
-    if weights_ptr is not None:
-        tl.debug_barrier()  # other threads stored the logits
-        normalize_weights(weights_ptr, mask_ptr, lse_ptr + b.to(tl.int64) * T + T - 1, 0, length, BLOCK_W)
-
-
-@triton.jit(do_not_specialize=["B", "N", "T", "t", "num_slots", "chunk_rows", "min_rows", "stride_b", "stride_n"])
+@triton.jit(do_not_specialize=["B", "N", "T", "first_t", "num_slots", "chunk_rows", "min_rows", "stride_b", "stride_n"])
 def adjust_pool_forward_chunks_kernel(
     instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr,
     bag_ptr, weights_ptr, sigma_ptr, lse_ptr,
     stats_ptr, partial_ptr, counters_ptr,
-    B, N, T, t, num_slots, chunk_rows, min_rows, stride_b, stride_n,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    OWN_BAGS: tl.constexpr, FIRST: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, NUM_STAGES: tl.constexpr,
+    B, N, T, first_t, num_slots, chunk_rows, min_rows, stride_b, stride_n,
+    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OWN_BAGS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program streams one chunk of a bag: all T iterations of a bag of one chunk, iteration t of a longer one.
+    """One program streams one chunk of a bag: all T iterations of a bag of one chunk, one iteration of a longer one.
 
-    Launched once with FIRST (t = 0), which serves every bag of one chunk and the first iteration of the longer ones, and,
-    with SPLIT, once more for each further iteration of those. The partial results of a bag's chunks are merged, in the order of the
-    chunks, by whichever program is the last to arrive: the chunks of a group of GROUP by the last of the group, the groups
-    by the last of the bag.
+    Launched with first_t = 0, which serves every bag of one chunk and the first iteration of the longer ones, and, with
+    SPLIT, once more for each further iteration of those. The partial results of a bag's chunks are merged, in the order
+    of the chunks, by whichever program is the last to arrive: the chunks of a group of GROUP by the last of the group,
+    the groups by the last of the bag. The last iteration leaves the logits in the weights.
 
-    Moves: the instances T times (again from the L2 cache, as far as they are still there: every other pass goes through the slots
-    backwards); per chunk and iteration 2 x (D + 2) numbers. Accumulates in sigma's dtype.
-    Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; counters are 0; with FIRST but
-    not SPLIT no bag has more than one chunk. Packed bags of at most min_rows are somebody else's.
+    Moves: the instances T times (from the L2 cache, as far as they are still there: every other launch goes through the
+    slots backwards); per chunk and iteration 2 x (D + 2) numbers. Accumulates in sigma's dtype.
+    Workspace: stats (slots, 2), partial (slots, D), counters (T, 2, slots) int32, which are 0.
+    Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; no bag has more than one
+    chunk without SPLIT. Packed bags of at most min_rows are somebody else's.
     """
     pid = tl.program_id(0)
     slot = pid
-    if t % 2 == 1:
+    if first_t % 2 == 1:
         slot = num_slots - 1 - pid
-    b, last_bag, index, chunks, first_slot, low, high, padding = locate(
+    first_bag, last_bag, index, chunks, first_slot, rows = locate(
         pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS
     )
-    if FIRST:
-        for k in range(0, last_bag - b):
-            own = b + k
-            start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, own, N)
-            if is_own_bag(pid, start, length, num_slots, chunk_rows, min_rows):
-                pool_bag(
-                    bag_pointer(instances_ptr, cu_seqlens_ptr, own, start, stride_b, stride_n, UNIT),
+    d = tl.arange(0, BLOCK_D)[None, :]
+    last_t = T
+    if SPLIT:
+        last_t = tl.where(chunks > 1, first_t + 1, T)
+        if (chunks <= 1) & (first_t > 0):
+            last_bag = first_bag  # was done in the first launch
+    for k in tl.range(0, last_bag - first_bag, disable_licm=True):
+        b = first_bag + k
+        start, low, high, padding, work = bag_rows(
+            pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
+        )
+        if work:
+            s_sum = routing_sum(sigma_ptr + b.to(tl.int64) * T * D + d, d < D, first_t, D)
+            for t in tl.range(first_t, last_t, disable_licm=True):
+                maximum, total, sigma = attend(
+                    bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT),
                     mask_ptr if mask_ptr is None else mask_ptr + start,
                     weights_ptr if weights_ptr is None else weights_ptr + start,
-                    bag_ptr, sigma_ptr, lse_ptr, own, length, T, stride_n, D, UNIT, BLOCK_N, BLOCK_D, BLOCK_W, NUM_STAGES,
+                    low, high, s_sum, t == T - 1, stride_n, D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
                 )  # fmt: skip
-    if SPLIT:
-        if chunks > 1:
-            start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
-            d = tl.arange(0, BLOCK_D)[None, :]
-            s_sum = routing_sum(sigma_ptr + b.to(tl.int64) * T * D + d, d < D, t, D)
-            maximum, total, sigma = attend(
-                bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT),
-                mask_ptr if mask_ptr is None else mask_ptr + start,
-                weights_ptr if weights_ptr is None else weights_ptr + start,
-                low, high, s_sum, t == T - 1, stride_n, D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
-            )  # fmt: skip
-            store_chunk(stats_ptr, partial_ptr, slot, maximum, total, sigma, D, BLOCK_D)
-
-            counters_ptr += t * 2 * num_slots  # (T, 2, num_slots): arrivals per group of chunks, and of groups per bag
-            group = index // GROUP * GROUP
-            group_chunks = tl.minimum(chunks - group, GROUP)
-            if arrive(counters_ptr + first_slot + group, group_chunks):
-                first = first_slot + group
-                maximum, total, sigma = merge_chunks(
-                    stats_ptr, partial_ptr, first, 1, group_chunks, D, BLOCK_N, BLOCK_D
-                )
-                tl.debug_barrier()  # the group's result takes the place of its first chunk's, which all threads have read
-                store_chunk(stats_ptr, partial_ptr, first, maximum, total, sigma, D, BLOCK_D)
-                groups = (chunks + GROUP - 1) // GROUP
-                if arrive(counters_ptr + num_slots + first_slot, groups):
-                    maximum, total, sigma = merge_chunks(
-                        stats_ptr, partial_ptr, first_slot, GROUP, groups, D, BLOCK_N, BLOCK_D
-                    )
-                    store_iteration(bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D)
+                complete = chunks <= 1
+                if SPLIT:
+                    if chunks > 1:
+                        store_chunk(stats_ptr, partial_ptr, slot, maximum, total, sigma, D, BLOCK_D)
+                        counts_ptr = counters_ptr + t * 2 * num_slots
+                        group = index // GROUP * GROUP
+                        group_chunks = tl.minimum(chunks - group, GROUP)
+                        if arrive(counts_ptr + first_slot + group, group_chunks):
+                            first = first_slot + group
+                            maximum, total, sigma = merge_chunks(
+                                stats_ptr, partial_ptr, first, 1, group_chunks, D, BLOCK_N, BLOCK_D
+                            )
+                            tl.debug_barrier()  # all threads have read what the group's result now replaces
+                            store_chunk(stats_ptr, partial_ptr, first, maximum, total, sigma, D, BLOCK_D)
+                            groups = (chunks + GROUP - 1) // GROUP
+                            if arrive(counts_ptr + num_slots + first_slot, groups):
+                                maximum, total, sigma = merge_chunks(
+                                    stats_ptr, partial_ptr, first_slot, GROUP, groups, D, BLOCK_N, BLOCK_D
+                                )
+                                complete = chunks > 1
+                if complete:
+                    s_sum += store_iteration(bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "num_slots", "chunk_rows", "min_rows"])
 def adjust_pool_forward_weights_kernel(
     mask_ptr, lengths_ptr, cu_seqlens_ptr, weights_ptr, lse_ptr,
     B, N, T, num_slots, chunk_rows, min_rows,
-    BLOCK_W: tl.constexpr,
+    OWN_BAGS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program turns the logits of one chunk, which the last iteration left in the weights, into weights.
+    """One program turns the logits of one chunk, which the chunk kernel left in the weights, into ``exp(b - lse)``.
 
-    For bags of more than one chunk; reads and writes one number per instance. The launcher's grid is the slots.
+    Moves one number per instance in and out; writes 0 for masked instances and padding. The launcher's grid is that of
+    the chunk kernel's first launch.
     """
     pid = tl.program_id(0)
-    b, last_bag, index, chunks, first_slot, low, high, padding = locate(
-        pid, pid, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, 1
+    first_bag, last_bag, index, chunks, first_slot, rows = locate(
+        pid, pid, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS
     )
-    if chunks > 1:
-        start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
-        normalize_weights(
-            weights_ptr + start,
-            mask_ptr if mask_ptr is None else mask_ptr + start,
-            lse_ptr + b.to(tl.int64) * T + T - 1, low, high, BLOCK_W,
-        )  # fmt: skip
+    for k in tl.range(0, last_bag - first_bag, disable_licm=True):
+        b = first_bag + k
+        start, low, high, padding, work = bag_rows(
+            pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
+        )
+        lse = tl.load(lse_ptr + b.to(tl.int64) * T + T - 1)
+        for n0 in range(low, padding, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            valid = row_mask(mask_ptr if mask_ptr is None else mask_ptr + start, n, high)
+            logits = tl.load(weights_ptr + start + n, mask=valid, other=0)
+            tl.store(weights_ptr + start + n, tl.where(valid, tl.exp(logits - lse), 0), mask=n < padding)

@@ -1,8 +1,8 @@
 """Launches the adjust pooling kernels: the ``triton`` backend of ``torch.ops.amil_fast.adjust_pool``.
 
-Arguments are canonical and checked (see ``amil_fast/ops/adjust_pool.py``). Nothing here waits for the device, and all memory comes
-from torch, so that calls can be captured in a CUDA graph. The launches of a pass are first listed (:class:`Launch`), then made;
-the ahead-of-time compilation and the tests look at the same list.
+Arguments are canonical and checked (see ``amil_fast/ops/adjust_pool.py``). Nothing here waits for the device, and all
+memory comes from torch, so that calls can be captured in a CUDA graph. The launches of a pass are first listed
+(:class:`Launch`), then made; the ahead-of-time compilation and the tests look at the same list.
 """
 
 import contextlib
@@ -11,21 +11,20 @@ from dataclasses import dataclass
 
 import torch
 import triton
-
 from amil_fast.kernels.adjust_pool_backward import (
     adjust_pool_backward_chunks_kernel,
     adjust_pool_backward_detached_kernel,
     adjust_pool_backward_on_chip_kernel,
     adjust_pool_backward_write_kernel,
 )
-from amil_fast.kernels.adjust_pool_config import MAX_FEATURES, pick_plan
+from amil_fast.kernels.adjust_pool_config import MAX_FEATURES, MAX_REGISTERS, REGISTERS, WARP, pick_plan
 from amil_fast.kernels.adjust_pool_forward import (
     adjust_pool_forward_chunks_kernel,
     adjust_pool_forward_on_chip_kernel,
     adjust_pool_forward_weights_kernel,
 )
 
-BLOCK_W = 1024  # instances at a time where only one number per instance is moved
+BLOCK_WEIGHTS = 1024  # weights that a program turns from logits into weights at a time
 
 
 @dataclass
@@ -37,9 +36,15 @@ class Launch:
     arguments: dict
     num_warps: int
     num_stages: int = 1
+    registers: int | None = None
+
+    @property
+    def options(self):
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
     def __call__(self):
-        self.kernel[(self.grid,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
 def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, plan=None):
@@ -49,9 +54,7 @@ def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, pla
     return outputs
 
 
-def backward(
-    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, plan=None
-):
+def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, plan=None):
     """``grad_instances`` of the registered operator, contiguous."""
     grad, launches = backward_launches(
         grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, plan
@@ -94,7 +97,9 @@ class _Bags:
         if self.N <= 1:
             stride_n = 0
         if D > MAX_FEATURES:
-            raise ValueError(f"instances: backend 'triton' serves up to {MAX_FEATURES} features, got {D}; use 'reference'")
+            raise ValueError(
+                f"instances: backend 'triton' serves up to {MAX_FEATURES} features, got {D}; use 'reference'"
+            )
         if max(self.N, self.B) >= 2**31:
             raise ValueError(
                 "instances: backend 'triton' serves fewer than 2**31 bags and instances (per bag if padded), got "
@@ -145,13 +150,7 @@ def forward_launches(instances, mask, lengths, cu_seqlens, num_iters, return_wei
     bag = instances.new_empty(B, D)
     sigma = instances.new_empty(B, T, D, dtype=dtype)
     lse = instances.new_empty(B, T, dtype=dtype)
-    padded = mask is not None or lengths is not None
-    if not return_weights:
-        weights = instances.new_empty(0, dtype=dtype)
-    elif padded and plan.chunks is not None:
-        weights = instances.new_zeros(instances.shape[:-1], dtype=dtype)  # the chunk kernels write real instances only
-    else:
-        weights = instances.new_empty(instances.shape[:-1], dtype=dtype)
+    weights = instances.new_empty(instances.shape[:-1] if return_weights else (0,), dtype=dtype)
     weights_ptr = weights if return_weights else None
     outputs = {"bag_ptr": bag, "weights_ptr": weights_ptr, "sigma_ptr": sigma, "lse_ptr": lse, "T": T}
 
@@ -173,7 +172,6 @@ def forward_launches(instances, mask, lengths, cu_seqlens, num_iters, return_wei
             **_workspace(instances, dtype, slots, 2, D, T, config.split),
             "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
-            "BLOCK_W": BLOCK_W,
             "OWN_BAGS": config.own_bags,
             "GROUP": config.group,
             "SPLIT": config.split,
@@ -184,14 +182,16 @@ def forward_launches(instances, mask, lengths, cu_seqlens, num_iters, return_wei
                 Launch(
                     adjust_pool_forward_chunks_kernel,
                     slots + own if t == 0 else slots,
-                    {**arguments, "t": t, "FIRST": t == 0},
+                    {**arguments, "first_t": t},
                     config.num_warps,
                     config.num_stages,
+                    config.registers,
                 )
             )
-        if config.split and return_weights:
-            arguments = {**bags.where, **layout, "weights_ptr": weights, "lse_ptr": lse, "T": T, "BLOCK_W": BLOCK_W}
-            launches.append(Launch(adjust_pool_forward_weights_kernel, slots, arguments, 4))
+        if return_weights:
+            arguments = {**bags.where, **layout, "weights_ptr": weights, "lse_ptr": lse, "T": T}
+            arguments |= {"OWN_BAGS": config.own_bags, "BLOCK_N": BLOCK_WEIGHTS}
+            launches.append(Launch(adjust_pool_forward_weights_kernel, slots + own, arguments, 4))
     return (bag, weights, sigma, lse), launches
 
 
@@ -221,7 +221,6 @@ def backward_launches(
         "grad_bag_ptr": None if grad_bag is None else grad_bag.contiguous(),
         "sigma_ptr": sigma.contiguous(),
         "lse_ptr": lse.contiguous(),
-        "grad_ptr": grad,
         "T": T,
     }
     grad_weights_ptr = grad_weights.contiguous() if grad_weights is not None and routing else None
@@ -232,6 +231,7 @@ def backward_launches(
         arguments = {
             **bags.input,
             **gradients,
+            "grad_ptr": grad,
             "grad_weights_ptr": grad_weights_ptr,
             "BAGS": config.bags,
             "BLOCK_N": config.block_n,
@@ -248,9 +248,11 @@ def backward_launches(
         blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
         programs = {"OWN_BAGS": config.own_bags, "NUM_STAGES": config.num_stages}
         if not routing:
-            arguments = {**bags.input, **gradients, **layout, **blocks, **programs, "READ": read}
+            arguments = {**bags.input, **gradients, **layout, **blocks, **programs, "grad_ptr": grad, "READ": read}
             kernel = adjust_pool_backward_detached_kernel
-            launches.append(Launch(kernel, slots + own, arguments, config.num_warps, config.num_stages))
+            launches.append(
+                Launch(kernel, slots + own, arguments, config.num_warps, config.num_stages, config.registers)
+            )
             return grad, launches
         steps = {
             "scalars_ptr": sigma.new_empty(T - 1, 2, bags.rows),
@@ -269,27 +271,34 @@ def backward_launches(
             "GROUP": config.group,
             "SPLIT": config.split,
         }
+        # A mask or a gradient of the weights takes registers: better fewer programs per multiprocessor than spills.
+        registers = config.registers
+        if grad_weights_ptr is not None or mask is not None:
+            registers = min(MAX_REGISTERS, REGISTERS // (WARP * config.num_warps))
         for t in range(T - 1, 0 if config.split else T - 2, -1):
             first = t == T - 1
             launches.append(
                 Launch(
                     adjust_pool_backward_chunks_kernel,
                     slots + own if first else slots,
-                    {**arguments, "grad_weights_ptr": grad_weights_ptr if first else None, "t": t, "FIRST": first},
+                    {**arguments, "grad_weights_ptr": grad_weights_ptr if first else None, "first_t": t},
                     config.num_warps,
                     config.num_stages,
+                    registers,
                 )
             )
-        if config.split:
-            names = ("sigma_ptr", "lse_ptr", "grad_ptr", "T")
-            arguments = {
-                **bags.where,
-                **layout,
-                **blocks,
-                **steps,
-                **{name: gradients[name] for name in names},
-                "grad_weights_ptr": grad_weights_ptr,
-                "D": D,
-            }
-            launches.append(Launch(adjust_pool_backward_write_kernel, slots, arguments, config.num_warps))
+        arguments = {
+            **bags.where,
+            **gradients,
+            **layout,
+            **blocks,
+            **steps,
+            "grad_ptr": grad,
+            "grad_weights_ptr": grad_weights_ptr,
+            "D": D,
+            "OWN_BAGS": config.own_bags,
+        }
+        del arguments["grad_bag_ptr"]
+        kernel = adjust_pool_backward_write_kernel
+        launches.append(Launch(kernel, slots + own, arguments, config.num_warps, registers=registers))
     return grad, launches

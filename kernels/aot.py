@@ -1,0 +1,293 @@
+"""Compiles every kernel that ships, ahead of time and without a GPU, and reports registers, spills and shared memory.
+
+``python -m amil_fast.kernels.aot`` (``make kernels``) compiles the Triton kernels in the configurations that the
+launchers choose for the calls in :data:`CALLS`, and the CUDA sources in ``csrc/``, for every architecture in
+:data:`ARCHS`; prints a table and ends with exit status 1 if a kernel keeps registers in memory (a stack) or fails to
+compile.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from amil_fast.kernels import adjust_pool_launch
+
+ARCHS = (80, 90, 100)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of adjust_pool: bags (B, N, D) in one of the input forms, or (N, D) packed; its passes and outputs."""
+
+    B: int
+    N: int
+    D: int
+    form: str = "full"  # "full", "mask", "lengths" or "packed"
+    weights: bool = False
+    detach: bool = False
+    T: int = 3
+    dtypes: tuple = ("bf16", "fp32")
+
+
+ALL = tuple(DTYPES)
+CALLS = (
+    # tiny bags, several per program
+    Call(4096, 8, 32, "mask", weights=True, dtypes=ALL),
+    Call(100_000, 6, 16, "lengths"),
+    Call(16, 8, 32),
+    Call(4096, 16, 1, "lengths"),
+    # on chip
+    Call(4096, 64, 128, dtypes=ALL),
+    Call(4096, 64, 128, "mask", weights=True, dtypes=ALL),
+    Call(4096, 64, 128, "lengths", weights=True),
+    Call(4096, 64, 128, detach=True),
+    Call(4096, 64, 128, T=1),
+    Call(4096, 100, 96, "mask", dtypes=ALL),
+    Call(4096, 128, 128, dtypes=ALL),
+    Call(4096, 256, 128, dtypes=ALL),
+    Call(512, 32, 512, dtypes=ALL),
+    Call(512, 8, 4096, dtypes=ALL),
+    Call(512, 1000, 8),
+    # streamed by one program per bag
+    Call(1024, 1000, 128, "mask", weights=True, dtypes=ALL),
+    Call(1024, 1000, 200, "lengths"),
+    # split over programs
+    Call(32, 4096, 128, dtypes=ALL),
+    Call(256, 1024, 512),
+    Call(1, 100_000, 512, weights=True, dtypes=ALL),
+    Call(1, 100_000, 512, "mask", weights=True),
+    Call(1, 100_000, 1024, detach=True, dtypes=ALL),
+    Call(1, 100_000, 1024, T=1),
+    Call(1, 100_000, 4096, dtypes=ALL),
+    Call(1, 100_000, 1000),
+    Call(8, 1_000_000, 64, "lengths"),
+    Call(2, 100_000, 3, "mask", weights=True),
+    # packed: short bags with room for long ones, then long ones
+    Call(4096, 4096 * 64, 128, "packed", weights=True, dtypes=ALL),
+    Call(64, 3_000_000, 1024, "packed", dtypes=ALL),
+    Call(64, 3_000_000, 1024, "packed", weights=True),
+    Call(64, 3_000_000, 1024, "packed", detach=True),
+)
+# Enough for a test: each kernel and strategy at least once.
+SOME_CALLS = (
+    Call(4096, 8, 32, "mask", weights=True, dtypes=("bf16",)),
+    Call(4096, 64, 128, dtypes=("bf16",)),
+    Call(1024, 1000, 128, dtypes=("bf16",)),
+    Call(1, 100_000, 512, weights=True, dtypes=("bf16",)),
+    Call(64, 3_000_000, 1024, "packed", detach=True, dtypes=("bf16",)),
+)
+
+
+@dataclass
+class Job:
+    """One thing to compile for one architecture: a Triton kernel in one configuration, or a CUDA source."""
+
+    name: str
+    config: str
+    arch: int
+    module: str = ""  # a Triton kernel: where it is defined, and as the compiler would see the launch
+    signature: tuple = ()
+    options: dict = field(default_factory=dict)
+    source: Path | None = None  # or a CUDA source
+
+
+@dataclass
+class Usage:
+    """What one compiled kernel uses: registers per thread, bytes of stack per thread and of shared memory per
+    program.
+    """
+
+    name: str
+    config: str
+    arch: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    error: str = ""
+
+
+def launches(call, dtype):
+    """The launches of the forward and the backward pass of a call, on tensors without memory."""
+    rows = (call.N,) if call.form == "packed" else (call.B, call.N)
+    f = torch.empty(*rows, call.D, dtype=dtype, device="meta")
+    mask = torch.empty(rows, dtype=torch.bool, device="meta") if call.form == "mask" else None
+    lengths = torch.empty(call.B, dtype=torch.int64, device="meta") if call.form == "lengths" else None
+    cu_seqlens = torch.empty(call.B + 1, dtype=torch.int32, device="meta") if call.form == "packed" else None
+    bags = (f, mask, lengths, cu_seqlens)
+    (bag, w, sigma, lse), forward = adjust_pool_launch.forward_launches(*bags, call.T, call.weights)
+    grad_weights = w if call.weights and not call.detach and call.T > 1 else None
+    _, backward = adjust_pool_launch.backward_launches(bag, grad_weights, *bags, sigma, lse, call.detach)
+    return forward + backward
+
+
+def signature(launch):
+    """``(signature, constexprs, attributes)`` of a launch as the just-in-time compiler would see it."""
+    types, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            types[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = _POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return types, constants, attributes
+
+
+def jobs(calls, archs):
+    """The Triton compilations that these calls need, each once per architecture."""
+    found = {}
+    for call in calls:
+        for dtype in call.dtypes:
+            for launch in launches(call, DTYPES[dtype]):
+                function = launch.kernel.fn
+                seen_as = signature(launch)
+                key = (function.__name__, str(seen_as), str(launch.options))
+                if key not in found:
+                    config = f"{dtype} {_describe(launch)}"
+                    found[key] = [
+                        Job(function.__name__, config, arch, function.__module__, seen_as, launch.options)
+                        for arch in archs
+                    ]
+    return [job for per_arch in found.values() for job in per_arch]
+
+
+def _describe(launch):
+    """The constants of a launch, and the optional pointers that it has, in one line."""
+    words = [f"warps={launch.num_warps} stages={launch.num_stages}"]
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr and parameter.name not in ("BLOCK_W", "GROUP", "NUM_STAGES"):
+            words.append(f"{parameter.name}={value}")
+        elif parameter.name in ("mask_ptr", "lengths_ptr", "cu_seqlens_ptr", "weights_ptr", "grad_weights_ptr"):
+            words += [parameter.name.removesuffix("_ptr")] if value is not None else []
+    return " ".join(words)
+
+
+def cuda_jobs(archs):
+    """The CUDA sources beside the package, where this is a checkout with nvcc; else the reason why there are none."""
+    csrc = Path(__file__).resolve().parents[1] / "csrc"
+    sources = sorted(csrc.glob("*.cu"))
+    if not sources:
+        return [], f"no CUDA sources in {csrc}"
+    if shutil.which("nvcc") is None:
+        return [], "no nvcc on PATH: the CUDA sources were not compiled"
+    return [Job(source.name, "", arch, source=source) for source in sources for arch in archs], ""
+
+
+def compile_job(job):
+    """Compiles one job and returns a list of :class:`Usage`, one per kernel in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        try:
+            if job.source is not None:
+                include = job.source.parent
+                command = ["nvcc", "-cubin", f"-arch=sm_{job.arch}", "-std=c++17", "-O3", "-fmad=false", f"-I{include}"]
+                subprocess.run([*command, "-o", cubin, job.source], check=True, capture_output=True, text=True)
+            else:
+                kernel = getattr(importlib.import_module(job.module), job.name)
+                source = ASTSource(kernel, *job.signature)
+                compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=job.options)
+                cubin.write_bytes(compiled.asm["cubin"])
+        except subprocess.CalledProcessError as error:
+            return [Usage(job.name, job.config, job.arch, error=error.stderr.strip())]
+        except Exception as error:  # whatever the compiler raises belongs into the table
+            return [Usage(job.name, job.config, job.arch, error=f"{type(error).__name__}: {error}")]
+        usages = [Usage(job.name, job.config, job.arch, **fields) for fields in _resources(cubin)]
+        if job.source is None:
+            usages[0].shared = compiled.metadata.shared  # dynamic: not in the binary
+        return usages
+
+
+def _resources(cubin):
+    """Registers, stack and static shared memory of every kernel in a binary, from cuobjdump."""
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    text = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    for match in re.finditer(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text):
+        yield {"registers": int(match[2]), "stack": int(match[3]) + int(match[5]), "shared": int(match[4])}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m amil_fast.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--some", action="store_true", help="only a few configurations, each kernel at least once")
+    parser.add_argument("--arch", type=int, action="append", help=f"compute capability, e.g. 90 (default: {ARCHS})")
+    parser.add_argument(
+        "--match", default="", help="only kernels and configurations that match this regular expression"
+    )
+    parser.add_argument(
+        "--registers", type=int, help="registers per thread at most, instead of each configuration's own"
+    )
+    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
+    parser.add_argument("--json", type=Path, help="write the table to this file too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled in the interpreter; unset it")
+
+    archs = options.arch or ARCHS
+    work = jobs(SOME_CALLS if options.some else CALLS, archs)
+    remark = ""
+    if not options.no_cuda:
+        cuda, remark = cuda_jobs(archs)
+        work += cuda
+    work = [job for job in work if re.search(options.match, f"{job.name} {job.config}")]
+    if not work:
+        parser.error("no kernel matches")
+    if options.registers is not None:
+        for job in work:
+            job.options["maxnreg"] = options.registers
+    bad = run(work, options.jobs, options.json)
+    if remark:
+        print(remark)
+    return 1 if bad else 0
+
+
+def run(work, workers, json_file=None):
+    """Compiles all jobs, prints the table and returns how many kernels are bad."""
+    print(f"{'kernel':<42} {'sm':>4} {'regs':>5} {'stack':>6} {'shared':>7}  configuration")
+    usages = []
+    bad = 0
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        for result in pool.map(compile_job, work):
+            for usage in result:
+                usages.append(usage)
+                failed = usage.error or usage.stack
+                bad += bool(failed)
+                numbers = f"{usage.arch:>4} {usage.registers:>5} {usage.stack:>6} {usage.shared:>7}"
+                print(f"{usage.name:<42} {numbers}  {usage.config}{'  <-- SPILLS' if usage.stack else ''}", flush=True)
+                if usage.error:
+                    print(f"  failed: {usage.error}")
+    print(f"{len(usages)} kernels compiled with Triton {triton.__version__}, {bad} with spills or errors")
+    if json_file is not None:
+        json_file.write_text(json.dumps([vars(usage) for usage in usages], indent=1))
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""adjust_pool on a GPU: what the interpreter can't show. Run with ``pytest -m gpu`` on a machine with a CUDA device."""
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+from helpers import assert_as_accurate, relative_error
+
+from amil_fast import adjust_pool
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+# (B, N, D) or, packed, lengths and D; each with the strategy it is meant for on a large GPU
+SHAPES = {
+    "tiny bags": (5000, 6, 16),
+    "one element": (3, 1, 1),
+    "on chip": (700, 64, 128),
+    "on chip, odd": (300, 100, 96),
+    "on chip, wide": (20, 7, 4096),
+    "stream": (600, 500, 200),
+    "split": (3, 20_001, 130),
+    "split, long": (1, 100_000, 512),
+    "split, wide": (2, 3001, 4096),
+}
+LENGTHS = {
+    "short, few long": [64] * 500 + [0, 1, 5000] + [30] * 500 + [200_000],
+    "1 to 200,000": [1, 0, 3, 200, 777, 20_000, 64, 0, 0, 1500, 200_000, 257, 256, 255],
+    "all equal": [64] * 1000,
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that torch hands out uninitialised holds NaN: whatever a kernel forgets to write shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def padded(shape, dtype, how, seed=0):
+    torch.manual_seed(seed)
+    B, N, D = shape
+    f = torch.randn(B, N, D, dtype=torch.float64).mul(1.5 / D**0.25).to(dtype)
+    where = {}
+    if how == "mask":
+        where["mask"] = torch.rand(B, N) < 0.7
+        f[~where["mask"]] = torch.nan
+    elif how == "lengths":
+        where["lengths"] = torch.randint(0, N + 1, (B,))
+        f[torch.arange(N) >= where["lengths"][:, None]] = torch.nan
+    return f, where
+
+
+def packed(lengths, D, dtype, seed=0):
+    torch.manual_seed(seed)
+    f = torch.randn(sum(lengths), D, dtype=torch.float64).mul(1.5 / D**0.25).to(dtype)
+    return f, {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)}
+
+
+def both_passes(f, where, backend, g, v, **options):
+    """``(bag, weights, gradient)``; everything on f's device."""
+    f = f.detach().requires_grad_()
+    bag, w = adjust_pool(f, **where, return_weights=True, backend=backend, **options)
+    outputs, grads = [bag], [g]
+    if w.requires_grad:
+        outputs, grads = [*outputs, w], [*grads, v]
+    (grad,) = torch.autograd.grad(outputs, f, grads)
+    return bag.detach(), w.detach(), grad
+
+
+def check(f, where, **options):
+    """Triton on the GPU against float64 on the CPU, its error held against the reference's in the same dtype there."""
+    B = where["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in where else f.shape[0]
+    accumulation = torch.float64 if f.dtype == torch.float64 else torch.float32
+    g = torch.randn(B, f.shape[-1], dtype=torch.float64).to(f.dtype)
+    v = torch.randn(f.shape[:-1], dtype=torch.float64).to(accumulation)
+    truth = both_passes(f.double(), where, "reference", g.double(), v.double(), **options)
+    plain = both_passes(f, where, "reference", g, v, **options)
+    on_gpu = {k: x.cuda() for k, x in where.items()}
+    actual = both_passes(f.cuda(), on_gpu, "triton", g.cuda(), v.cuda(), **options)
+    for what, a, b, c in zip(("bag", "weights", "gradient"), actual, plain, truth, strict=True):
+        assert_as_accurate(a.cpu(), b, c, factor=3, what=what)
+    again = both_passes(f.cuda(), on_gpu, "triton", g.cuda(), v.cuda(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True)), "differs from run to run"
+
+
+@pytest.mark.parametrize("how", ["full", "mask", "lengths"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_padded(shape, dtype, how):
+    check(*padded(shape, dtype, how))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [64, 130])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_packed(lengths, D, dtype):
+    check(*packed(lengths, D, dtype))
+
+
+@pytest.mark.parametrize(("num_iters", "detach_routing"), [(1, False), (2, False), (7, False), (3, True)])
+@pytest.mark.parametrize("shape", ["on chip", "stream", "split"])
+def test_iterations(shape, num_iters, detach_routing):
+    f, where = padded(SHAPES[shape], torch.float32, "mask")
+    check(f, where, num_iters=num_iters, detach_routing=detach_routing)
+
+
+def test_offsets_beyond_32_bits():
+    """2.3e9 elements in bfloat16: the last bag must be the same as on its own."""
+    B, N, D = 1100, 1000, 2100
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16e9:
+        pytest.skip(f"needs 16 GB of free GPU memory, has {free / 1e9:.0f} GB")
+    f = torch.empty(B, N, D, dtype=torch.bfloat16, device="cuda").normal_()
+    assert f.numel() > 2**31
+    g = torch.randn(B, D, dtype=f.dtype, device="cuda")
+
+    def passes(f, g, **where):
+        f = f.detach().requires_grad_()
+        bag = adjust_pool(f, backend="triton", **where)
+        return bag.detach(), torch.autograd.grad(bag, f, g)[0]
+
+    bag, grad = passes(f, g)
+    alone = passes(f[-1:].clone(), g[-1:])
+    assert relative_error(bag[-1:], alone[0]) < 1e-2
+    assert relative_error(grad[-1:], alone[1]) < 1e-2
+    cu_seqlens = torch.arange(0, B * N + 1, N, device="cuda")
+    bag_packed, grad_packed = passes(f.view(-1, D), g, cu_seqlens=cu_seqlens)
+    assert relative_error(bag_packed, bag) < 1e-2
+    assert relative_error(grad_packed[-N:], alone[1][0]) < 1e-2
+
+
+CAPTURED = [
+    (lambda: padded(SHAPES["on chip"], torch.float32, "mask")),
+    (lambda: padded(SHAPES["split"], torch.float32, "lengths")),
+    (lambda: packed(LENGTHS["short, few long"], 64, torch.float32)),
+]
+
+
+@pytest.mark.parametrize("make", CAPTURED, ids=["on chip", "split", "packed"])
+def test_no_synchronisation_graph_and_stream(make):
+    """Runs without waiting for the device, on a stream of its own, and in a CUDA graph, with the same bits each
+    time.
+    """
+    f, where = make()
+    f, where = f.cuda(), {k: x.cuda() for k, x in where.items()}
+    B = where["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in where else f.shape[0]
+    g, v = torch.randn(B, f.shape[-1], device="cuda"), torch.randn(f.shape[:-1], device="cuda")
+
+    def passes():
+        return both_passes(f, where, "triton", g, v)
+
+    expected = passes()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        passes()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = passes()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(on_stream, expected, strict=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = passes()
+    for _ in range(3):
+        for out in captured:
+            out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_autocast():
+    """The operator computes in the dtype of its input, under autocast too."""
+    f, where = padded(SHAPES["on chip"], torch.float32, "mask")
+    f, where = f.cuda(), {k: x.cuda() for k, x in where.items()}
+    expected = adjust_pool(f, **where, backend="triton")
+    with torch.autocast("cuda", torch.bfloat16):
+        actual = adjust_pool(f, **where, backend="triton")
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    torch.manual_seed(0)
+    f = torch.randn(40, 300, 64, device="cuda", requires_grad=True)
+    mask = torch.rand(40, 300, device="cuda") < 0.5
+    g = torch.randn(40, 64, device="cuda")
+    compiled = torch.compile(lambda f, mask: adjust_pool(f.sin(), mask).cos(), fullgraph=True, dynamic=dynamic)
+    expected = torch.autograd.grad(adjust_pool(f.sin(), mask).cos(), f, g)[0]
+    actual = torch.autograd.grad(compiled(f, mask), f, g)[0]
+    assert relative_error(actual, expected) < 1e-5
+
+
+def test_auto_is_triton():
+    f = torch.randn(4, 5, 8, device="cuda")
+    assert torch.equal(adjust_pool(f), adjust_pool(f, backend="triton"))
