@@ -177,12 +177,14 @@ def measure(benchmark, ratios, who, function, shape, device, run, amax, read_byt
         return time.perf_counter() - start
 
     once = min(timed(run) for _ in range(2))
-    times = {"run": [], "amax": []}
-    for _ in range(5):  # in turns, but each in a block of its own: a slow rival leaves cold caches and sleeping threads
-        for name, call, seconds in (("run", run, once), ("amax", amax, 1e-3)):
-            block = [timed(call) for _ in range(int(min(30, max(2, 0.05 / seconds))))]
-            times[name] += block[len(block) // 4 :]
-    ratio = statistics.median(times["run"]) / statistics.median(times["amax"])
+    turns = []
+    for _ in range(7):  # each in a block of its own: a slow rival leaves cold caches and sleeping threads behind
+        medians = []
+        for call, seconds in ((run, once), (amax, 1e-3)):
+            block = [timed(call) for _ in range(int(min(30, max(2, 0.03 / seconds))))]
+            medians.append(statistics.median(block[len(block) // 4 :]))
+        turns.append(medians[0] / medians[1])
+    ratio = statistics.median(turns)
     benchmark.group = f"decode_heatmaps {function} {shape} {device}"
     benchmark.pedantic(lambda: timed(run), rounds=int(min(100, max(3, 0.3 / once))), warmup_rounds=2)
     median = benchmark.stats.stats.median
@@ -192,6 +194,7 @@ def measure(benchmark, ratios, who, function, shape, device, run, amax, read_byt
         bytes_formula="4 B K H W per set of maps read + 12 B K written",
         gb_per_s=round(bytes_moved / median / 1e9, 2),
         times_of_amax=round(ratio, 3),
+        times_of_amax_spread=[round(min(turns), 3), round(max(turns), 3)],
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         instruction_set=native().instruction_set(),
