@@ -88,7 +88,11 @@ def adjust_pool(
             instances, mask, lengths=lengths, cu_seqlens=cu_seqlens, num_iters=num_iters, detach_routing=detach_routing
         )
     else:
-        bag, weights, _, _ = torch.ops.amil_fast.adjust_pool.default(
+        if not _eager(instances):
+            call = torch.ops.amil_fast.adjust_pool.default
+        else:
+            call = _AdjustPool.apply if instances.requires_grad and torch.is_grad_enabled() else _forward
+        bag, weights, _, _ = call(
             instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend
         )
     return (bag, weights) if return_weights else bag
@@ -122,9 +126,7 @@ def _forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, de
     return _implementation(backend).forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights)
 
 
-def _backward(
-    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, backend
-):
+def _backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, backend):
     return _implementation(backend).backward(
         grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing
     )
@@ -149,9 +151,7 @@ def _forward_fake(instances, mask, lengths, cu_seqlens, num_iters, return_weight
 
 
 @torch.library.register_fake("amil_fast::adjust_pool_backward", lib=_library)
-def _backward_fake(
-    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, backend
-):
+def _backward_fake(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, backend):
     return instances.new_empty(instances.shape)
 
 
@@ -173,7 +173,8 @@ def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_lse):
         return None, *nothing
     if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
         return _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengths, cu_seqlens), *nothing
-    grad = torch.ops.amil_fast.adjust_pool_backward.default(
+    call = _backward if _eager(instances) else torch.ops.amil_fast.adjust_pool_backward.default
+    grad = call(
         grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, ctx.detach_routing, ctx.backend
     )
     return grad, *nothing
@@ -191,6 +192,28 @@ def _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengt
     pairs = [(out, grad) for out, grad in ((bag, grad_bag), (weights, grad_weights)) if grad is not None]
     outputs, grads = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, instances, grads, create_graph=True)[0]
+
+
+class _AdjustPool(torch.autograd.Function):
+    """The registered operator without the dispatcher, which costs more than a small bag's arithmetic."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd)
+
+
+def _eager(tensor):
+    """Whether nothing but autograd watches operators: no tracing, no tensor subclass, no dispatch mode, no functorch."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 torch.library.register_autograd("amil_fast::adjust_pool", _autograd, setup_context=_setup_context, lib=_library)
