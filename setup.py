@@ -7,8 +7,8 @@ kinds of sources go into it (see CONTRIBUTING.md):
 - ``csrc/simd/*.cpp``: compiled once per instruction set, chosen between at run time;
 - ``csrc/*.cu``: compiled by nvcc when there is one, with the CUDA runtime linked statically.
 
-Environment: ``AMIL_FAST_CUDA=0`` leaves CUDA out, ``AMIL_FAST_CUDA=1`` makes a missing nvcc an error (default: use nvcc if
-found); ``CUDA_HOME`` and ``CXX`` as usual; ``AMIL_FAST_CUDA_ARCHS="90;100"`` compiles for fewer GPUs, faster.
+Environment: ``AMIL_FAST_CUDA=0`` leaves CUDA out, ``AMIL_FAST_CUDA=1`` makes a missing nvcc an error (default: use nvcc
+if found); ``CUDA_HOME`` and ``CXX`` as usual; ``AMIL_FAST_CUDA_ARCHS="90;100"`` compiles for fewer GPUs, faster.
 """
 
 import json
@@ -64,7 +64,7 @@ def cuda_arch_flags(nvcc):
     wanted = os.environ.get("AMIL_FAST_CUDA_ARCHS", "").replace(",", ";").split(";")
     archs = [a for a in (wanted if wanted != [""] else CUDA_ARCHS) if a in known]
     if not archs:
-        raise SystemExit(f"amil_fast: nvcc at {nvcc} knows none of the GPU architectures asked for; it knows {sorted(known)}")
+        raise SystemExit(f"amil_fast: nvcc at {nvcc} knows none of the GPUs asked for; it knows {sorted(known)}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return flags, [f"sm_{a}" for a in archs] + [f"compute_{archs[-1]}"]
@@ -98,7 +98,7 @@ class BuildExtension(build_ext):
             version = subprocess.check_output([nvcc, "--version"], text=True)
             info["cuda_version"] = re.search(r"release ([\d.]+)", version).group(1)
         header = build_dir / "build_info.h"
-        text = f"#pragma once\n#define AMIL_BUILD_INFO R\"json({json.dumps(info)})json\"\n"
+        text = f'#pragma once\n#define AMIL_BUILD_INFO R"json({json.dumps(info)})json"\n'
         text += f"#define AMIL_WITH_CUDA {int(bool(cuda_sources))}\n"
         text += f"#define AMIL_WITH_X86_SIMD {int(X86_64)}\n"
         if not header.exists() or header.read_text() != text:  # an unchanged header keeps incremental builds quick
@@ -145,8 +145,8 @@ class BuildExtension(build_ext):
 
         print(f"amil_fast._C built with {info['compiler']}", file=sys.stderr)
         print(f"  CPU instruction sets: {', '.join(INSTRUCTION_SETS)} (chosen at run time)", file=sys.stderr)
-        cuda = f"{info['cuda_version']}, {', '.join(info['cuda_archs'])} ({nvcc_reason})" if cuda_sources else nvcc_reason
-        print(f"  CUDA: {cuda}", file=sys.stderr)
+        archs = f"{info['cuda_version']}, {', '.join(info['cuda_archs'])}, " if cuda_sources else ""
+        print(f"  CUDA: {archs}{nvcc_reason}", file=sys.stderr)
 
 
 class BuildPy(build_py):

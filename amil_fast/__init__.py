@@ -1,7 +1,7 @@
 """Fused adjust pooling and heatmap decoding for PyTorch, and the AMIL pose model built on them.
 
-``import amil_fast`` needs torch and numpy only; Triton and the compiled extension are loaded by the first call that uses
-them, and everything below ``amil_fast.pose``, ``data``, ``evaluation`` and ``training`` by its first use.
+``import amil_fast`` needs torch and numpy only; Triton and the compiled extension are loaded by the first call that
+uses them, and everything below ``amil_fast.pose``, ``data``, ``evaluation`` and ``training`` by its first use.
 """
 
 import importlib

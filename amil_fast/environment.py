@@ -15,7 +15,7 @@ def info():
 
     Returns a dict of plain values, ready for ``json.dumps``::
 
-        {"versions": {...}, "devices": {...}, "build": {...} or None, "backends": {"cpp": None, "triton": "…", "cuda": "…"}}
+        {"versions": {...}, "devices": {...}, "build": {...} or None, "backends": {"cpp": None, "triton": "…", ...}}
     """
     native_reason = _backends.why_not_native()
     build = None

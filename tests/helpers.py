@@ -16,8 +16,8 @@ def relative_error(actual, truth):
 def assert_as_accurate(actual, reference, truth, factor=2.0, what=""):
     """Asserts that ``actual`` is at most ``factor`` times as far from the float64 ``truth`` as ``reference`` is.
 
-    ``reference`` is the plain PyTorch result in the same dtype as ``actual``. A few units of rounding are granted on top, for
-    results where the reference happens to be exact.
+    ``reference`` is the plain PyTorch result in the same dtype as ``actual``. A few units of rounding are granted on
+    top, for results where the reference happens to be exact.
     """
     allowed = factor * relative_error(reference, truth) + 8 * torch.finfo(actual.dtype).eps
     error = relative_error(actual, truth)

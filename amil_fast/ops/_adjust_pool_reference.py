@@ -1,7 +1,7 @@
-"""Adjust pooling in plain PyTorch, as the paper's equations read: the specification that every backend is tested against.
+"""Adjust pooling in plain PyTorch, as the paper's equations read: the specification for every backend.
 
-Differentiable to any order by autograd. It stores about 2 T tensors of the input's size for the backward pass; that is what
-the fused backends are for.
+Differentiable to any order by autograd. Its backward pass moves 20 to 40 times the bytes that it must; that is what the
+fused backends are for.
 """
 
 import torch
@@ -10,16 +10,14 @@ from amil_fast.ops._bags import accumulation_dtype, bag_index, bag_mask
 
 
 def squash(sigma):
-    """``‖σ‖² / (1 + ‖σ‖²) · σ / ‖σ‖`` (Eq. 3) over the last axis, written ``σ · ‖σ‖ / (1 + ‖σ‖²)``; 0 at 0, with gradient 0."""
+    """``‖σ‖² / (1 + ‖σ‖²) · σ / ‖σ‖`` (Eq. 3) over the last axis, as ``σ · ‖σ‖ / (1 + ‖σ‖²)``; 0 at 0, gradient too."""
     n_squared = sigma.square().sum(-1, keepdim=True)
     zero = n_squared == 0
     n = torch.where(zero, 1.0, n_squared).sqrt()
     return sigma * torch.where(zero, 0.0, n / (1 + n_squared))
 
 
-def adjust_pool_reference(
-    instances, mask=None, *, lengths=None, cu_seqlens=None, num_iters=3, detach_routing=False
-):
+def adjust_pool_reference(instances, mask=None, *, lengths=None, cu_seqlens=None, num_iters=3, detach_routing=False):
     """Returns ``(bag, weights)`` for bags in the canonical form of :func:`amil_fast.ops._bags.check_bags`."""
     with torch.autocast(instances.device.type, enabled=False):
         f = instances.to(accumulation_dtype(instances.dtype))

@@ -48,8 +48,8 @@ def why_not_triton(device_type):
 def choose(backend, device_type, supported):
     """Resolves ``backend`` for a device type.
 
-    ``supported`` maps each backend's name to a function of the device type that returns None where the backend can serve
-    it, else the reason; ``"auto"`` maps a device type to one of these names. Raises ValueError for an unknown name and
+    ``supported`` maps each backend's name to a function of the device type that returns None where the backend can
+    serve it, else the reason; ``"auto"`` maps a device type to one of these names. Raises ValueError for an unknown name and
     for a named backend that can't serve the call.
     """
     if backend == "auto":

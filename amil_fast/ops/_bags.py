@@ -1,7 +1,7 @@
 """Bags of instances: the input forms, and the checks that every pooling over bags shares.
 
-A bag is a set of rows. Four forms are accepted: padded with a mask, padded with lengths, packed with ``cu_seqlens`` and a
-jagged nested tensor, which is packed in disguise.
+A bag is a set of rows. Four forms are accepted: padded with a mask, padded with lengths, packed with ``cu_seqlens`` and
+a jagged nested tensor, which is packed in disguise.
 """
 
 import numpy as np
@@ -20,8 +20,8 @@ def check_bags(instances, mask, lengths, cu_seqlens):
     """Checks one call's bags and returns ``(instances, mask, lengths, cu_seqlens)`` in canonical form.
 
     Canonical: ``instances`` is a plain ``(B, N, D)`` or, exactly where ``cu_seqlens`` is given, ``(total, D)`` tensor;
-    ``mask`` is bool; at most one of the other three is not None. Only shapes, dtypes and devices are looked at here (see
-    :func:`check_bag_values`), so that the checks cost nothing on a GPU and hold under tracing.
+    ``mask`` is bool; at most one of the other three is not None. Only shapes, dtypes and devices are looked at here
+    (see :func:`check_bag_values`), so that the checks cost nothing on a GPU and hold under tracing.
     """
     if not isinstance(instances, torch.Tensor):
         raise TypeError(f"instances: expected a torch.Tensor, got {type(instances).__name__}")
@@ -87,7 +87,8 @@ def check_bag_values(instances, lengths, cu_seqlens):
             raise ValueError(f"cu_seqlens: expected cu_seqlens[0] = 0, got {values[0]}")
         if values[-1] != instances.shape[0]:
             raise ValueError(
-                f"cu_seqlens: expected the last value to be the number of instances {instances.shape[0]}, got {values[-1]}"
+                f"cu_seqlens: expected the last value to be the number of instances {instances.shape[0]}, "
+                f"got {values[-1]}"
             )
         steps = np.diff(values)
         if steps.size and steps.min() < 0:

@@ -36,13 +36,15 @@ def adjust_pool(
 
     .. math::
         w = \mathrm{softmax}(b) \;(4), \quad \sigma = \sum_i w_i f_i \;(2), \quad
-        s = \frac{\|\sigma\|^2}{1 + \|\sigma\|^2} \frac{\sigma}{\|\sigma\|} \;(3), \quad b_i \leftarrow b_i + f_i \cdot s \;(5)
+        s = \frac{\|\sigma\|^2}{1 + \|\sigma\|^2} \frac{\sigma}{\|\sigma\|} \;(3), \quad
+        b_i \leftarrow b_i + f_i \cdot s \;(5)
 
-    The last :math:`s` is the bag's vector; its length, in [0, 1), can be read as the probability that the bag is positive.
+    The last :math:`s` is the bag's vector; its length, in [0, 1), can be read as the probability that the bag is
+    positive.
 
     Args:
-        instances: ``(B, N, D)`` padded bags; or ``(total, D)`` packed bags with ``cu_seqlens``; or a jagged nested tensor
-            of shape ``(B, ragged, D)``. float16, bfloat16, float32 or float64, CPU or CUDA, any strides.
+        instances: ``(B, N, D)`` padded bags; or ``(total, D)`` packed bags with ``cu_seqlens``; or a jagged nested
+            tensor of shape ``(B, ragged, D)``. float16, bfloat16, float32 or float64, CPU or CUDA, any strides.
         mask: ``(B, N)``, bool or any real dtype, nonzero = real instance, in any pattern. Only for padded bags.
         lengths: ``(B,)``, int32 or int64: the first ``lengths[b]`` instances of bag b are real. Only for padded bags.
         cu_seqlens: ``(B + 1,)``, int32 or int64: bag b is ``instances[cu_seqlens[b] : cu_seqlens[b + 1]]``
@@ -62,14 +64,16 @@ def adjust_pool(
     Raises:
         TypeError: an argument that is no tensor, or of a dtype not named above.
         ValueError: shapes or devices that don't fit together, more than one of ``mask``, ``lengths``, ``cu_seqlens``,
-            values of ``lengths`` or ``cu_seqlens`` out of range (looked at on the CPU only: on a GPU it would mean waiting
-            for the device; there they are the caller's promise), ``num_iters < 1``, an unknown backend or one that can't
-            serve the call.
+            values of ``lengths`` or ``cu_seqlens`` out of range (looked at on the CPU only: on a GPU it would mean
+            waiting for the device; there they are the caller's promise), ``num_iters < 1``, an unknown backend or one
+            that can't serve the call.
 
     Notes:
-        Sums are accumulated in float32 (float64 for float64). An empty bag pools to 0; what padding holds, NaN included,
-        changes nothing and gets zero gradient; a non-finite instance spoils its own bag only. Results are bit-equal from
-        run to run. Differentiable twice: the second derivative goes through the reference's formula, with its memory use.
+        Sums are accumulated in float32 (float64 for float64). An empty bag pools to 0; what padding holds, NaN
+        included, changes nothing and gets zero gradient; a non-finite instance spoils its own bag only. Results are
+        bit-equal from run to run; on a CPU whatever the number of threads, and subnormal numbers count as 0 there.
+        Differentiable again: higher derivatives go through the reference's formula, with its memory use. Not for
+        ``torch.func`` (vmap, grad), which wants ``backend="reference"``.
 
     Source: Shamsolmoali et al., AMIL, ACM TOMM 2020, Eq. 2-5; Yan et al., Deep Multi-instance Learning with Dynamic
     Pooling, ACML 2018.
@@ -99,8 +103,8 @@ def adjust_pool(
 
 
 # The registered operator. Besides the bag vectors and the weights (of shape (0,) unless asked for) it returns what the
-# backward pass needs: sigma (B, T, D), the bag embeddings before the squash, and lse (B, T), the log-sum-exp of the logits,
-# both in the accumulation dtype (KERNELS: nothing of size N x D is stored).
+# backward pass needs: sigma (B, T, D), the bag embeddings before the squash, and lse (B, T), the log-sum-exp of the
+# logits, both in the accumulation dtype (KERNELS: nothing of size N x D is stored).
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _BAGS = "Tensor instances, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens"
 _library.define(
@@ -207,7 +211,7 @@ class _AdjustPool(torch.autograd.Function):
 
 
 def _eager(tensor):
-    """Whether nothing but autograd watches operators: no tracing, no tensor subclass, no dispatch mode, no functorch."""
+    """Whether nothing but autograd watches: no tracing, no tensor subclass, no dispatch mode, no functorch."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()

@@ -1,0 +1,124 @@
+"""Tables in Markdown from pytest-benchmark's JSON: ``python benchmarks/report.py benchmark.json [--write README.md]``.
+
+``--write`` replaces what stands between ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` in a file.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+TARGET_CASES = ("(256, 64, 128)", "(32, 1024, 128)", "(8, 4096, 128)", "(2, 20000, 512)")
+
+
+def geometric_mean(values):
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def adjust_pool_table(rows):
+    """Rows are the extra_info of the adjust_pool benchmarks of one device."""
+    by = {(r["case"], r["which"], r["rival"]): r for r in rows if "times_of_ours" in r}
+    cases = list(dict.fromkeys(case for case, _, _ in by))
+    lines = [
+        "| bags, instances, features | forward | in reads (`x.amax()`) | forward + backward"
+        " | vs eager | vs `torch.compile` | vs attention calls | kept for backward, ours / eager |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def times(case, rival):
+        row = by.get((case, "forward+backward", rival))
+        return f"{row['times_of_ours']:.1f} ×" if row else "–"
+
+    for case in cases:
+        forward, both = by[case, "forward", "amil_fast"], by[case, "forward+backward", "amil_fast"]
+        kept = [by[case, "forward", rival]["kept_for_backward_bytes"] / 2**20 for rival in ("amil_fast", "eager")]
+        lines.append(
+            f"| {case} | {forward['median_ms']:.2f} ms | {forward['times_of_amax']:.2f} | {both['median_ms']:.2f} ms"
+            f" | {times(case, 'eager')} | {times(case, 'compile')} | {times(case, 'attention')}"
+            f" | {kept[0]:.2f} / {kept[1]:.0f} MiB |"
+        )
+    present = [case for case in TARGET_CASES if case in cases]
+    if present:
+        means = [
+            geometric_mean([by[case, "forward+backward", rival]["times_of_ours"] for case in present])
+            for rival in ("eager", "compile", "attention")
+        ]
+        reads = geometric_mean([by[case, "forward", "amil_fast"]["times_of_amax"] for case in present])
+        lines.append(
+            f"| geometric mean of the first {len(present)} | | {reads:.2f} | | {means[0]:.1f} × | {means[1]:.1f} ×"
+            f" | {means[2]:.1f} × | |"
+        )
+    return lines
+
+
+def overhead_lines(rows):
+    return [
+        f"Host overhead, (16, 8, 32), {r['which']}: {r['median_us']:.1f} µs a call,"
+        f" {r['times_of_softmax_bmm']:.1f} times one `softmax` and one `bmm`."
+        for r in rows
+        if r["rival"] == "amil_fast" and "times_of_softmax_bmm" in r
+    ]
+
+
+def decode_table(benchmarks):
+    """Groups are 'decode_heatmaps FUNCTION SHAPE DEVICE', tests test_amil_fast, test_reference, test_peer."""
+    who = {"test_amil_fast": "ours", "test_reference": "torch", "test_peer": "peer"}
+    cells = {}
+    for b in benchmarks:
+        name = b["name"].split("[")[0]
+        if (b.get("group") or "").startswith("decode_heatmaps") and name in who:
+            cells.setdefault(b["group"].removeprefix("decode_heatmaps "), {})[who[name]] = b
+    if not cells:
+        return []
+    lines = [
+        "| refinement, maps | ours | in reads (`h.flatten(2).amax(-1)`) | plain PyTorch, in reads"
+        " | peers' NumPy/OpenCV, in reads |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group, row in cells.items():
+        if "ours" not in row:
+            continue
+        reads = {k: f"{v['extra_info']['times_of_amax']:.2f}" for k, v in row.items()}
+        lines.append(
+            f"| {group} | {row['ours']['stats']['median'] * 1e3:.3f} ms | {reads['ours']} | {reads.get('torch', '–')}"
+            f" | {reads.get('peer', '–')} |"
+        )
+    return lines
+
+
+def report(results):
+    machine = results["machine_info"]
+    commit = (results.get("commit_info") or {}).get("id", "unknown")[:10]
+    place = f"{machine['gpu']}, " if machine.get("gpu") else ""
+    lines = [
+        f"Measured on {place}{machine['cpu']}, {machine['torch_threads']} threads, torch {machine['torch']},"
+        f" commit {commit}, with `make bench`; medians of interleaved turns.",
+        "",
+    ]
+    extra = [b["extra_info"] for b in results["benchmarks"] if b["extra_info"].get("operator") == "adjust_pool"]
+    for device in dict.fromkeys(r["device"] for r in extra):
+        rows = [r for r in extra if r["device"] == device]
+        lines += [f"`adjust_pool` on {device}, T = 3:", "", *adjust_pool_table(rows), "", *overhead_lines(rows), ""]
+    decode = decode_table(results["benchmarks"])
+    if decode:
+        lines += ["`decode_heatmaps`:", "", *decode, ""]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    text = report(json.loads(arguments.json.read_text()))
+    print(text)
+    if arguments.write:
+        old = arguments.write.read_text()
+        before, rest = old.split(BEGIN)
+        after = rest.split(END)[1]
+        arguments.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
