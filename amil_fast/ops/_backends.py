@@ -49,8 +49,8 @@ def choose(backend, device_type, supported):
     """Resolves ``backend`` for a device type.
 
     ``supported`` maps each backend's name to a function of the device type that returns None where the backend can
-    serve it, else the reason; ``"auto"`` maps a device type to one of these names. Raises ValueError for an unknown name and
-    for a named backend that can't serve the call.
+    serve it, else the reason; ``"auto"`` maps a device type to one of these names. Raises ValueError for an unknown
+    name and for a named backend that can't serve the call.
     """
     if backend == "auto":
         return supported["auto"](device_type)

@@ -104,7 +104,7 @@ def adjust_pool(
 
 # The registered operator. Besides the bag vectors and the weights (of shape (0,) unless asked for) it returns what the
 # backward pass needs: sigma (B, T, D), the bag embeddings before the squash, and lse (B, T), the log-sum-exp of the
-# logits, both in the accumulation dtype (KERNELS: nothing of size N x D is stored).
+# logits, both in the accumulation dtype (nothing of size N x D is stored).
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _BAGS = "Tensor instances, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens"
 _library.define(
