@@ -13,10 +13,12 @@ namespace {
 constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kMostKeptBlocks = 4;
 constexpr size_t kMostKeptBytes = size_t(1) << 30;
+constexpr size_t kMostResidentBytes = 256 << 20;
 
 struct Block {
     void* data;
     size_t capacity;
+    bool released;  // the system was told that it may take the pages
 };
 
 struct Cache {
@@ -69,17 +71,22 @@ PageBlock::~PageBlock() {
     {
         const std::lock_guard<std::mutex> lock(cache().mutex);
         std::vector<Block>& kept = cache().kept;
-        kept.push_back({data_, capacity_});
+        kept.push_back({data_, capacity_, false});
         size_t bytes = 0;
-        for (const Block& block : kept) bytes += block.capacity;
+        for (auto block = kept.rbegin(); block != kept.rend(); ++block) {
+            bytes += block->capacity;
+#ifdef MADV_FREE
+            if (bytes > kMostResidentBytes && !block->released) {
+                madvise(block->data, block->capacity, MADV_FREE);
+                block->released = true;
+            }
+#endif
+        }
         while (!kept.empty() && (bytes > kMostKeptBytes || kept.size() > kMostKeptBlocks)) {
             bytes -= kept.front().capacity;
             dropped.push_back(kept.front());
             kept.erase(kept.begin());
         }
-#ifdef MADV_FREE
-        if (!kept.empty() && kept.back().data == data_) madvise(data_, capacity_, MADV_FREE);
-#endif
     }
     for (const Block& block : dropped) munmap(block.data, block.capacity);
 }

@@ -7,8 +7,9 @@ namespace amil {
 
 // The C library gives a large freed block back to the system, and every page of the next one is zeroed and mapped anew
 // on first touch: on a 2-core server that costs twice as much as the backward pass that fills it. These blocks use huge
-// pages where there are any, and are kept after they were freed, at most kMostKeptBlocks of kMostKeptBytes together;
-// the system may take back their pages whenever it needs memory (MADV_FREE).
+// pages where there are any, and are kept after they were freed, at most kMostKeptBlocks of kMostKeptBytes together.
+// The last kMostResidentBytes of them keep their pages; those of the others the system may take back whenever it needs
+// memory (MADV_FREE, which makes the next pass over them a third slower).
 class PageBlock {
   public:
     explicit PageBlock(size_t bytes);  // throws std::bad_alloc
