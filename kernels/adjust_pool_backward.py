@@ -121,8 +121,7 @@ def route(
     instances_ptr, mask_ptr, grad_weights_ptr, scalars_ptr, low, high, s_sum, e, lse, shift, last, num_rows, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One pass over rows low..high of a bag: the sums ``h (1, BLOCK_D)`` and ``sum_i w_i v_i (1, 1)`` (0 unless
-    ``last``).
+    """One pass over rows low..high of a bag: ``h (1, BLOCK_D)`` and, if ``last``, ``sum_i w_i v_i (1, 1)``, else 0.
 
     ``shift = sigma . e``. Stores w and beta to ``scalars``, two rows of ``num_rows``. With a gradient v of the weights,
     their shift ``sum_j w_j v_j`` is not known before the end; it is left out of beta and h here, and subtracted from
@@ -156,9 +155,7 @@ def write_gradient(
     grad_ptr, mask_ptr, scalars_ptr, sigma_ptr, lse_ptr, e_ptr, factors_ptr, low, high, padding, T, num_rows,
     D: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of rows low..high of a bag and zeros to the rows high..padding, from 2 (T - 1) numbers per
-    row.
-    """
+    """Writes the gradient of a bag's rows low..high, from 2 (T - 1) numbers each, and zeros to high..padding."""
     dtype = sigma_ptr.dtype.element_ty
     d = tl.arange(0, BLOCK_D)[None, :]
     lse = tl.load(lse_ptr)
@@ -198,9 +195,7 @@ def last_e(grad_bag_ptr, sigma_ptr, b, T, D: tl.constexpr, BLOCK_D: tl.constexpr
 def merge_chunks(
     stats_ptr, partial_ptr, first, step, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Sums the partial results in the slots ``first, first + step, ...``, ``count`` of them: (1, 1) and (1,
-    BLOCK_D).
-    """
+    """Sums the results in the slots ``first, first + step, ...``, ``count`` of them, to (1, 1) and (1, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)[None, :]
     wv = tl.zeros([BLOCK_N, 1], partial_ptr.dtype.element_ty)
     h = tl.zeros([BLOCK_N, BLOCK_D], partial_ptr.dtype.element_ty)
@@ -342,8 +337,7 @@ def adjust_pool_backward_write_kernel(
     """One program writes the gradient of one chunk, and zeros to the padding after it.
 
     Moves: 2 (T - 1) numbers per instance, in; the gradient once, out; sigma and e from the cache.
-    Asserted by the launcher: T >= 2; the workspace is what the chunk kernel's launches left; the grid is that of its
-    first.
+    Asserted by the launcher: T >= 2; the workspace is as the chunk kernel left it; the grid is that of its first one.
     """
     pid = tl.program_id(0)
     first_bag, last_bag, index, chunks, first_slot, rows = locate(

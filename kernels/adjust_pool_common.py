@@ -10,6 +10,9 @@ instances is stored.
 Vectors of a bag have shape (G, BLOCK_D), G bags at a time. Offsets into tensors of instances are 64-bit; a row number
 within a bag fits 32 bits (the launcher asserts it). Row strides are passed in units of UNIT elements, the largest power
 of two up to 16 bytes that divides them, so that the compiler knows that rows are aligned and loads 16 bytes at a time.
+
+``disable_licm`` keeps the compiler from hoisting out of the outer loops what the inner ones hold in registers anyway
+(addresses, tiles turned to float32): with it 90-130 registers per thread, without it 190-250 for the same kernels.
 """
 
 import triton
@@ -30,8 +33,7 @@ def squash_factor(sigma):
 def squash_backward(sigma, grad):
     """The squash's Jacobian, transposed, times ``grad``: both (G, BLOCK_D).
 
-    With ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``: ``c grad + (c' / n) (sigma . grad) sigma``; 0 at n
-    = 0.
+    ``c grad + (c' / n) (sigma . grad) sigma`` with ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``; 0 at 0.
     """
     n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
     dot = tl.sum(sigma * grad, 1, keep_dims=True)

@@ -14,8 +14,7 @@ WARP = 32
 class Limits:
     """The constants behind :func:`pick_plan`, as a value that tests and sweeps can replace. To be measured on a GPU.
 
-    Numbers of elements are of at most 4 bytes; a quarter as many of float64, twice the registers and far from the point
-    of a GPU.
+    Numbers of elements are of at most 4 bytes; of float64 a quarter as many.
     """
 
     # A bag on chip lives in registers, 16 warps at most, 128 registers per thread then. Forward: 64 elements per thread
@@ -30,9 +29,9 @@ class Limits:
     # Tiny bags: this many elements of several bags in one program, 4 warps of 32.
     tiny_elements: int = 4096
     # A tile of the chunk kernels: 16 elements per thread, 8 warps. Accumulators, vectors and addresses then fit in the
-    # 128 registers that let two programs share a multiprocessor; 32 elements spill. With 4 stages 3 tiles of 8 KB
-    # (float16) are on their way per program: 48 KB per multiprocessor, where 25-40 KB hide the latency of HBM3 (4.8
-    # TB/s over 132 multiprocessors times 0.7-1 us).
+    # 128 registers that let two programs share a multiprocessor; 32 elements spill. With 4 stages, 3 tiles of 8 KB are
+    # under way per program (float32: 3 stages, 2 tiles of 16 KB), together 48-64 KB per multiprocessor, where 25-40 KB
+    # hide the latency of HBM3 (4.8 TB/s over 132 multiprocessors times 0.7-1 us).
     chunk_elements: int = 16
     chunk_warps: int = 8
     chunk_stages: int = 4
@@ -50,8 +49,7 @@ class Limits:
     # One program per bag from this many bags per multiprocessor on: with splitting, T launches instead of one, and the
     # instances are read again from memory instead of the L2 cache.
     stream_bags_per_multiprocessor: int = 4
-    # Packed bags of mixed plans: programs that look for bags too long for the chip and without a slot take this many
-    # each.
+    # Mixed plans: bags per program of those that look for packed bags too long for the chip and without a slot.
     own_bags: int = 8
 
 
@@ -88,15 +86,15 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call launches: bags on chip, bags in chunks, or, for packed bags whose lengths the host can't see,
-    both.
-    """
+    """What a call launches: bags on chip, bags in chunks, or both: packed bags, whose lengths the host can't see."""
 
     on_chip: OnChip | None
     chunks: Chunks | None
 
 
-MAX_REGISTERS = 255  # of a thread
+# Of a thread, where two programs per multiprocessor can't be had anyway. With all 255 the assembler hoists float64
+# constants until it spills (Triton 3.7.1: 255 and 8 bytes for a kernel that takes 168 when held to 200).
+MAX_REGISTERS = 200
 REGISTERS = 65536  # of a multiprocessor
 # The largest tile of one row, 32 elements for each of 512 threads. Above 4096 the backward kernels spill registers.
 MAX_FEATURES = 16384
@@ -155,8 +153,7 @@ def _chunks(packed, B, N, D, itemsize, words, min_rows, multiprocessors, limits)
 
 
 def pick_plan(packed, B, N, D, itemsize, backward, multiprocessors=132, limits=None):
-    """The plan for ``B`` bags of ``N`` rows each, or, if ``packed``, of ``N`` rows in all; D features of ``itemsize``
-    bytes.
+    """The plan for B bags of N rows each, or, if ``packed``, of N rows in all; D features of ``itemsize`` bytes.
 
     On chip if every bag fits. Packed bags can have any lengths that add up to N: if bags of twice the mean length fit,
     those are served on chip and the longer ones in chunks, otherwise all in chunks.

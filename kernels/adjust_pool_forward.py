@@ -95,8 +95,7 @@ def attend(
 
     ``total = sum_i exp(b_i - maximum)``, ``sigma = sum_i exp(b_i - maximum) f_i``, not yet divided by it. Each of the
     BLOCK_N rows of a tile keeps its own running maximum and sums, so that the loop has no reduction over rows: warps
-    run on without waiting for each other until the end. Stores the logits too if ``store_logits`` and ``logits_ptr`` is
-    given.
+    run on without waiting for each other until the end. Stores the logits if ``store_logits`` and there is a pointer.
     """
     dtype = s_sum.dtype
     n = tl.arange(0, BLOCK_N)
@@ -124,9 +123,7 @@ def attend(
 
 @triton.jit
 def merge(maximum, total, sigma):
-    """Partial results (R,), (R,), (R, BLOCK_D) of R sets of rows -> those of their union, (1, 1), (1, 1), (1,
-    BLOCK_D).
-    """
+    """Results (R,), (R,), (R, BLOCK_D) of R sets of rows -> those of their union: (1, 1), (1, 1), (1, BLOCK_D)."""
     maximum = maximum[:, None]
     new_maximum = tl.max(maximum, 0, keep_dims=True)
     rescale = tl.exp(maximum - new_maximum)

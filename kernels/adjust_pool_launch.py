@@ -272,9 +272,7 @@ def backward_launches(
             "SPLIT": config.split,
         }
         # A mask or a gradient of the weights takes registers: better fewer programs per multiprocessor than spills.
-        registers = config.registers
-        if grad_weights_ptr is not None or mask is not None:
-            registers = min(MAX_REGISTERS, REGISTERS // (WARP * config.num_warps))
+        most_registers = min(MAX_REGISTERS, REGISTERS // (WARP * config.num_warps))
         for t in range(T - 1, 0 if config.split else T - 2, -1):
             first = t == T - 1
             launches.append(
@@ -284,7 +282,7 @@ def backward_launches(
                     {**arguments, "grad_weights_ptr": grad_weights_ptr if first else None, "first_t": t},
                     config.num_warps,
                     config.num_stages,
-                    registers,
+                    most_registers if mask is not None or (first and grad_weights is not None) else config.registers,
                 )
             )
         arguments = {
@@ -299,6 +297,7 @@ def backward_launches(
             "OWN_BAGS": config.own_bags,
         }
         del arguments["grad_bag_ptr"]
+        registers = config.registers if mask is None and grad_weights is None else most_registers
         kernel = adjust_pool_backward_write_kernel
         launches.append(Launch(kernel, slots + own, arguments, config.num_warps, registers=registers))
     return grad, launches

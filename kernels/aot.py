@@ -2,8 +2,7 @@
 
 ``python -m amil_fast.kernels.aot`` (``make kernels``) compiles the Triton kernels in the configurations that the
 launchers choose for the calls in :data:`CALLS`, and the CUDA sources in ``csrc/``, for every architecture in
-:data:`ARCHS`; prints a table and ends with exit status 1 if a kernel keeps registers in memory (a stack) or fails to
-compile.
+:data:`ARCHS`; prints a table and ends with exit status 1 if a kernel spills registers or fails to compile.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from amil_fast.kernels import adjust_pool_launch
@@ -117,14 +117,13 @@ class Job:
 
 @dataclass
 class Usage:
-    """What one compiled kernel uses: registers per thread, bytes of stack per thread and of shared memory per
-    program.
-    """
+    """What a compiled kernel uses: per thread registers, bytes spilled, bytes of stack; shared bytes per program."""
 
     name: str
     config: str
     arch: int
     registers: int = 0
+    spills: int = 0
     stack: int = 0
     shared: int = 0
     error: str = ""
@@ -203,34 +202,69 @@ def cuda_jobs(archs):
 
 def compile_job(job):
     """Compiles one job and returns a list of :class:`Usage`, one per kernel in it."""
+    try:
+        if job.source is not None:
+            return _compile_cuda(job)
+        kernel = getattr(importlib.import_module(job.module), job.name)
+        compiled = triton.compile(
+            ASTSource(kernel, *job.signature), target=GPUTarget("cuda", job.arch, 32), options=job.options
+        )
+        # Triton keeps the assembler's report to itself, so assemble once more.
+        ptx = compiled.asm["ptx"]
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(ptx)
+            command = [
+                get_ptxas(job.arch).path,
+                "-v",
+                f"--gpu-name={target}",
+                source,
+                "-o",
+                Path(folder) / "kernel.cubin",
+            ]
+            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        (usage,) = (Usage(job.name, job.config, job.arch, **fields) for _, fields in _read_report(report))
+        usage.shared = compiled.metadata.shared  # allocated at launch, so not in the report
+        return [usage]
+    except subprocess.CalledProcessError as error:
+        return [Usage(job.name, job.config, job.arch, error=error.stderr.strip())]
+    except Exception as error:  # whatever the compiler raises belongs into the table
+        return [Usage(job.name, job.config, job.arch, error=f"{type(error).__name__}: {error}")]
+
+
+def _compile_cuda(job):
+    """One CUDA source: a :class:`Usage` per kernel in it, with the function's name, readable where there is c++filt."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        try:
-            if job.source is not None:
-                include = job.source.parent
-                command = ["nvcc", "-cubin", f"-arch=sm_{job.arch}", "-std=c++17", "-O3", "-fmad=false", f"-I{include}"]
-                subprocess.run([*command, "-o", cubin, job.source], check=True, capture_output=True, text=True)
-            else:
-                kernel = getattr(importlib.import_module(job.module), job.name)
-                source = ASTSource(kernel, *job.signature)
-                compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=job.options)
-                cubin.write_bytes(compiled.asm["cubin"])
-        except subprocess.CalledProcessError as error:
-            return [Usage(job.name, job.config, job.arch, error=error.stderr.strip())]
-        except Exception as error:  # whatever the compiler raises belongs into the table
-            return [Usage(job.name, job.config, job.arch, error=f"{type(error).__name__}: {error}")]
-        usages = [Usage(job.name, job.config, job.arch, **fields) for fields in _resources(cubin)]
-        if job.source is None:
-            usages[0].shared = compiled.metadata.shared  # dynamic: not in the binary
-        return usages
+        command = ["nvcc", "-cubin", f"-arch=sm_{job.arch}", "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v"]
+        command += [f"-I{job.source.parent}", "-o", Path(folder) / "kernel.cubin", job.source]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    usages = []
+    for mangled, fields in _read_report(report):
+        function = mangled
+        if shutil.which("c++filt"):
+            function = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout.strip()
+        usages.append(Usage(job.name, function, job.arch, **fields))
+    return usages
 
 
-def _resources(cubin):
-    """Registers, stack and static shared memory of every kernel in a binary, from cuobjdump."""
-    cuobjdump = triton.knobs.nvidia.cuobjdump.path
-    text = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
-    for match in re.finditer(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text):
-        yield {"registers": int(match[2]), "stack": int(match[3]) + int(match[5]), "shared": int(match[4])}
+def _read_report(text):
+    """Function name and resources of every kernel in the output of ``ptxas -v``."""
+    pattern = (
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
+    for match in re.finditer(pattern, text, re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", match[6])
+        yield (
+            match[1],
+            {
+                "registers": int(match[5]),
+                "spills": int(match[3]) + int(match[4]),
+                "stack": int(match[2]),
+                "shared": int(shared[1]) if shared else 0,
+            },
+        )
 
 
 def main(arguments=None):
@@ -240,9 +274,7 @@ def main(arguments=None):
     parser.add_argument(
         "--match", default="", help="only kernels and configurations that match this regular expression"
     )
-    parser.add_argument(
-        "--registers", type=int, help="registers per thread at most, instead of each configuration's own"
-    )
+    parser.add_argument("--registers", type=int, help="registers per thread at most, for all")
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
     parser.add_argument("--json", type=Path, help="write the table to this file too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
@@ -270,17 +302,17 @@ def main(arguments=None):
 
 def run(work, workers, json_file=None):
     """Compiles all jobs, prints the table and returns how many kernels are bad."""
-    print(f"{'kernel':<42} {'sm':>4} {'regs':>5} {'stack':>6} {'shared':>7}  configuration")
+    print(f"{'kernel':<40} {'sm':>4} {'regs':>5} {'spills':>7} {'stack':>6} {'shared':>7}  configuration")
     usages = []
     bad = 0
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         for result in pool.map(compile_job, work):
             for usage in result:
                 usages.append(usage)
-                failed = usage.error or usage.stack
-                bad += bool(failed)
-                numbers = f"{usage.arch:>4} {usage.registers:>5} {usage.stack:>6} {usage.shared:>7}"
-                print(f"{usage.name:<42} {numbers}  {usage.config}{'  <-- SPILLS' if usage.stack else ''}", flush=True)
+                bad += bool(usage.error or usage.spills)
+                numbers = f"{usage.arch:>4} {usage.registers:>5} {usage.spills:>7} {usage.stack:>6} {usage.shared:>7}"
+                remark = "  <-- SPILLS" if usage.spills else ""
+                print(f"{usage.name:<40} {numbers}  {usage.config}{remark}", flush=True)
                 if usage.error:
                     print(f"  failed: {usage.error}")
     print(f"{len(usages)} kernels compiled with Triton {triton.__version__}, {bad} with spills or errors")
