@@ -46,7 +46,7 @@ class MilSettings:
     lr: float = 1e-3
     schedule: str = "cosine"
     weight_decay: float = 5e-3
-    ensemble: int = 5  # networks per fold, their probabilities averaged
+    ensemble: int = 1  # networks per fold, their probabilities averaged
     seed: int = 0
     backend: str = "auto"  # of adjust pooling
 
