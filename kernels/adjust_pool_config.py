@@ -92,9 +92,7 @@ class Plan:
     chunks: Chunks | None
 
 
-# Of a thread, where two programs per multiprocessor can't be had anyway. With all 255 the assembler hoists float64
-# constants until it spills (Triton 3.7.1: 255 and 8 bytes for a kernel that takes 168 when held to 200).
-MAX_REGISTERS = 200
+MAX_REGISTERS = 255  # of a thread
 REGISTERS = 65536  # of a multiprocessor
 # The largest tile of one row, 32 elements for each of 512 threads. Above 4096 the backward kernels spill registers.
 MAX_FEATURES = 16384
@@ -130,8 +128,10 @@ def _on_chip(rows, B, block_d, words, backward, multiprocessors, limits):
 def _chunks(packed, B, N, D, itemsize, words, min_rows, multiprocessors, limits):
     """The configuration in chunks. ``N``: rows per padded bag, or of all packed bags."""
     block_d = next_power_of_2(D)
-    tile = limits.chunk_elements // words * limits.chunk_warps * WARP
-    num_warps = limits.chunk_warps if block_d <= limits.chunk_wide_features else 2 * limits.chunk_warps
+    # float64: half as many warps and a quarter of the elements per thread
+    tile = limits.chunk_elements * limits.chunk_warps * WARP // (1 if words == 1 else 2 * words)
+    num_warps = next_power_of_2(max(tile, block_d) * words // (WARP * limits.chunk_elements))
+    num_warps = min(num_warps, limits.chunk_warps if block_d <= limits.chunk_wide_features else 2 * limits.chunk_warps)
     rows = N if packed else B * N
     chunk_rows = max(limits.chunk_rows, next_power_of_2(rows // (limits.chunks_per_multiprocessor * multiprocessors)))
     if not packed and (N <= chunk_rows or B >= limits.stream_bags_per_multiprocessor * multiprocessors):
