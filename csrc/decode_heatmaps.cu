@@ -268,7 +268,7 @@ __device__ Step<T> blur_step(const MapView<In>& map, const Launch<T>& launch, co
 }
 
 template <class In, class T>
-__global__ void __launch_bounds__(kMaxBlockThreads, 4) decode_kernel(const __grid_constant__ Launch<T> launch) {
+__global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __grid_constant__ Launch<T> launch) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
     const DecodeCall& call = launch.call;
     const Group group = {launch.group, static_cast<int>(threadIdx.x) % launch.group};
