@@ -160,6 +160,19 @@ def _compare(x, what, options):
                 assert_as_accurate(a, r, t, factor=4, what=f"{name} {what}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cpp_reads_and_writes_every_16_bit_float(instruction_set, dtype):
+    """Subnormal numbers too, although those of float32 are flushed. A 1 beside them keeps the squash from hiding them."""
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.abs() < 2]
+    x = torch.stack([numbers, torch.ones_like(numbers)], 1)[:, None]
+    bag = adjust_pool(x, num_iters=1, backend="cpp")
+    expected = adjust_pool(x, num_iters=1, backend="reference")
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    error = (bag.double() - expected.double()).abs()
+    assert (error <= torch.finfo(dtype).eps * expected.double().abs() + max(step, 1e-37)).all()
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_cpp_is_bit_equal_whatever_the_threads(num_threads):
     """Long bags are shared by the threads when there are several, and sums must not notice."""

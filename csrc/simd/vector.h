@@ -155,9 +155,11 @@ inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float widen(Half x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-    // Exponent and mantissa at their places in a float32, scaled by 2^112: right for subnormal numbers too.
-    const float scaled = bits_to_float(magnitude << 13) * 0x1p112f;
-    const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : float_to_bits(scaled);
+    // A subnormal number is converted as the integer it is: no step may pass through a subnormal float32, which may be
+    // flushed. Others have their exponent's bias raised by 112, infinity and NaN to the top.
+    const uint32_t bits = magnitude < 0x0400u   ? float_to_bits(static_cast<float>(magnitude) * 0x1p-24f)
+                          : magnitude < 0x7c00u ? (magnitude << 13) + (112u << 23)
+                                                : (magnitude << 13) | 0x7f800000u;
     return bits_to_float(bits | sign);
 }
 
