@@ -162,7 +162,7 @@ def _compare(x, what, options):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_cpp_reads_and_writes_every_16_bit_float(instruction_set, dtype):
-    """Subnormal numbers too, although those of float32 are flushed. A 1 beside them keeps the squash from hiding them."""
+    """Subnormal numbers too, although those of float32 are flushed. A 1 beside them keeps the squash from hiding it."""
     numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     numbers = numbers[numbers.abs() < 2]
     x = torch.stack([numbers, torch.ones_like(numbers)], 1)[:, None]
