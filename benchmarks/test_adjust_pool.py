@@ -31,6 +31,8 @@ PADDED = {
 RAGGED = {"ragged 200-20000 x 256": ([200, 20000, 350, 1500, 700, 6000, 240, 3000, 900, 12000, 480, 260], 256)}
 T = 3
 TURNS = 7
+# One function is compiled for every case; past the default limit torch.compile would quietly run it eagerly.
+torch._dynamo.config.recompile_limit = 256
 
 
 def attention_formulation(f):
@@ -44,7 +46,7 @@ def attention_formulation(f):
     return s[:, 0, 0]
 
 
-def functions_of(x, cu_seqlens):
+def functions_of(cu_seqlens):
     """The rivals: name -> function of the instances."""
     if cu_seqlens is not None:
         reference = functools.partial(_first, cu_seqlens=cu_seqlens, num_iters=T)
@@ -66,8 +68,9 @@ def _first(x, **kwargs):
     return adjust_pool_reference(x, **kwargs)[0]
 
 
+@functools.cache
 def make_case(name, device):
-    """``(x, upstream gradient, cu_seqlens or None)``."""
+    """``(x, upstream gradient, the rivals)``."""
     generator = torch.Generator().manual_seed(0)
     if name in RAGGED:
         lengths, D = RAGGED[name]
@@ -78,7 +81,8 @@ def make_case(name, device):
         shape, dtype = PADDED[name]
         x, cu_seqlens, bags, D = torch.randn(shape, generator=generator), None, shape[0], shape[-1]
     upstream = torch.randn(bags, D, generator=generator)
-    return (x * 2 / D**0.5).to(device, dtype), upstream.to(device, dtype), cu_seqlens
+    x, upstream = (x * 2 / D**0.5).to(device, dtype), upstream.to(device, dtype)
+    return x, upstream, functions_of(cu_seqlens)
 
 
 def passes_of(function, x, upstream):
@@ -133,8 +137,7 @@ def in_turns(calls, device):
 @functools.cache
 def measured(name, device):
     """All rivals' passes of one case: pass -> rival -> seconds by turn; the yardsticks; bytes kept for backward."""
-    x, upstream, cu_seqlens = make_case(name, device)
-    functions = functions_of(x, cu_seqlens)
+    x, upstream, functions = make_case(name, device)
     passes = {rival: passes_of(function, x, upstream) for rival, function in functions.items()}
     truth = functions["eager"](x.double())
     truth_grad = passes_of(functions["eager"], x.double(), upstream.double())["forward+backward"]()
@@ -172,8 +175,8 @@ def test_adjust_pool(benchmark, name, which, rival, device):
         pytest.skip("scaled_dot_product_attention has no packed form on the CPU")
     turns, kept, size = measured(name, device)
     turns = turns[which]
-    x, upstream, cu_seqlens = make_case(name, device)
-    call = passes_of(functions_of(x, cu_seqlens)[rival], x, upstream)[which]
+    x, upstream, functions = make_case(name, device)
+    call = passes_of(functions[rival], x, upstream)[which]
     benchmark.group = f"adjust_pool {which} {name} {device}"
     benchmark.pedantic(lambda: timed(call, device), rounds=3, warmup_rounds=2)
     seconds = statistics.median(turns[rival])
