@@ -92,7 +92,7 @@ def adjust_pool(
             instances, mask, lengths=lengths, cu_seqlens=cu_seqlens, num_iters=num_iters, detach_routing=detach_routing
         )
     else:
-        if not _eager(instances):
+        if _backends.dispatcher_has_work(instances):
             call = torch.ops.amil_fast.adjust_pool.default
         else:
             call = _AdjustPool.apply if instances.requires_grad and torch.is_grad_enabled() else _forward
@@ -177,7 +177,8 @@ def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_lse):
         return None, *nothing
     if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
         return _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengths, cu_seqlens), *nothing
-    call = _backward if _eager(instances) else torch.ops.amil_fast.adjust_pool_backward.default
+    registered = torch.ops.amil_fast.adjust_pool_backward.default
+    call = registered if _backends.dispatcher_has_work(instances) else _backward
     grad = call(
         grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, ctx.detach_routing, ctx.backend
     )
@@ -208,16 +209,6 @@ class _AdjustPool(torch.autograd.Function):
         return output
 
     backward = staticmethod(_autograd)
-
-
-def _eager(tensor):
-    """Whether nothing but autograd watches: no tracing, no tensor subclass, no dispatch mode, no functorch."""
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 torch.library.register_autograd("amil_fast::adjust_pool", _autograd, setup_context=_setup_context, lib=_library)

@@ -149,24 +149,9 @@ def decode_heatmaps(
         if not torch.compiler.is_compiling():
             return _Refusal.apply(*arguments)
         arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    if _dispatcher_has_work(tensors):
+    if _backends.dispatcher_has_work(*tensors):
         return torch.ops.amil_fast.decode_heatmaps.default(*arguments)
     return _decode(*arguments)
-
-
-def _dispatcher_has_work(tensors):
-    """Whether anything but the plain kernel would act on a call: compiler, tracer, mode, transform, subclass.
-
-    The way through the dispatcher to a kernel in Python and back costs 7 us, or 30 us just after 13 MB of maps went
-    through the caches: a tenth of the whole call on (64, 17, 64, 48) with 2 cores of a Xeon with AVX-512.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(t) is not torch.Tensor for t in tensors)
-    )
 
 
 def _check_maps(tensor, name):
