@@ -139,7 +139,8 @@ inline void block_dots(const A* const* rows, const A* const* vectors, PerRow<A>*
     }
 }
 
-// acc += sum_r w[r] rows[r], or without w the plain sum. Four vectors of acc stay in registers while the rows go by.
+// acc += sum_r w[r] rows[r], or without w the plain sum. Four or eight vectors of acc stay in registers while the rows
+// go by.
 template <bool kWeighted, int G, class A>
 inline void block_sum_columns(const A* const* rows, const A* w, A* acc, int64_t d) {
     Vec<A> sums[G];
