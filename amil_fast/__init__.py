@@ -14,15 +14,28 @@ __version__ = "0.1.0"
 _LAZY = {
     "AdjustPool": "amil_fast.nn",
     "MIRNet": "amil_fast.nn",
+    "PoseGenerator": "amil_fast.pose",
+    "PoseDiscriminator": "amil_fast.pose",
     "info": "amil_fast.environment",
     "nn": None,
     "metrics": None,
+    "pose": None,
     "data": None,
     "evaluation": None,
     "training": None,
 }
 
-__all__ = ["__version__", "adjust_pool", "decode_heatmaps", "soft_argmax", "AdjustPool", "MIRNet", "info"]
+__all__ = [
+    "__version__",
+    "adjust_pool",
+    "decode_heatmaps",
+    "soft_argmax",
+    "AdjustPool",
+    "MIRNet",
+    "PoseGenerator",
+    "PoseDiscriminator",
+    "info",
+]
 
 
 def __getattr__(name):

@@ -1,1 +1,23 @@
-"""Human poses: skeletons, heatmaps, and the networks that find them."""
+"""Human poses: skeletons, and the networks that find them."""
+
+import importlib
+
+# Name -> module; imported when first asked for: a skeleton needs no network.
+_LAZY = {
+    "PoseGenerator": "generator",
+    "PoseOutput": "generator",
+    "PoseDiscriminator": "discriminator",
+    "error_map": "discriminator",
+    "Balance": "losses",
+    "heatmap_loss": "losses",
+    "region_loss": "losses",
+    "adversarial_loss": "losses",
+    "discriminator_losses": "losses",
+}
+__all__ = list(_LAZY)
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'amil_fast.pose' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"amil_fast.pose.{_LAZY[name]}"), name)
