@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from amil_fast import environment
-from amil_fast.cli import mil, pose
+from amil_fast.cli import mil, pose, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -27,6 +27,7 @@ def info():
 
 app.add_typer(mil.app, name="mil")
 pose.register(app)
+train.register(app)
 
 
 @app.command()

@@ -1,0 +1,130 @@
+"""``amil train``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from amil_fast.cli.pose import fail
+
+_INTERRUPTED = 130
+
+
+def register(app):
+    """Adds the command to the root of the command line."""
+    app.command()(train)
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="The run's folder: last/, best/, history.jsonl, tensorboard/.")],
+    preset: Annotated[
+        str | None, typer.Option(help="paper-lsp, paper-mpii, lspet-small or demo (drawn figures, no data needed).")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A train.json that a run left, instead of --preset.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="lsp, lspet, mpii, mpii-mat, coco or drawn.")] = None,
+    root: Annotated[Path | None, typer.Option(help="The data set's folder, in the layout it was published in.")] = None,
+    packed: Annotated[Path | None, typer.Option(help="A file written by `amil pack`, instead of --root.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times every person is seen.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Crops per step, over all processes.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="adjust, mean, max, none or another pooling; generator and discriminator.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(help="MI-RNet blocks of the generator; 0: none, the baseline.")] = None,
+    adversarial: Annotated[bool | None, typer.Option(help="Train a discriminator as well.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this generator (a folder such as best/, or .safetensors).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, where there is one.")] = False,
+    checkpoint_minutes: Annotated[float | None, typer.Option(help="Minutes between checkpoints.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting: section.key=value, such as optimizer.lr=5e-4.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+):
+    """Train the pose generator, and a discriminator against it.
+
+    Settings come from `--preset` (or `--config`), options and `--set`. `best/` and `last/` in `--out` are networks for
+    `amil evaluate` and `amil predict`. Ctrl-C saves; `--resume` goes on, with the settings the run was started with
+    unless options change them. Exit codes: 0 done, 2 not done, 130 interrupted.
+
+    Example: `amil train --preset demo --out runs/demo`
+
+    Example: `amil train --preset lspet-small --root data/lspet --out runs/lspet --set optimizer.lr=5e-4`
+
+    Example: `torchrun --nproc-per-node 2 -m amil_fast.cli train --preset lspet-small --packed lspet.pack --out two`
+    """
+    import json
+
+    from amil_fast.training import config as configuration
+    from amil_fast.training.checkpoints import STATE, load_state
+    from amil_fast.training.pose import Interrupted, NotFinite
+    from amil_fast.training.pose import train as run
+
+    console = Console(quiet=quiet)
+    try:
+        if preset is not None and config is not None:
+            raise ValueError("expected --preset or --config, got both")
+        if resume and (out / "last" / STATE).is_file():
+            chosen = configuration.from_dict(load_state(out / "last")[1]["config"])
+        elif config is not None:
+            chosen = configuration.from_dict(json.loads(config.read_text(encoding="utf-8")))
+        elif preset is not None:
+            chosen = configuration.preset(preset)
+        else:
+            chosen = configuration.TrainConfig()
+        changes = {
+            "data.dataset": dataset,
+            "data.root": root,
+            "data.packed": packed,
+            "data.batch_size": batch_size,
+            "data.input_size": input_size,
+            "data.workers": workers,
+            "generator.pooling": pooling,
+            "generator.blocks": blocks,
+            "optimizer.lr": lr,
+            "schedule.epochs": epochs,
+            "run.precision": precision,
+            "run.seed": seed,
+            "run.init": init,
+            "run.checkpoint_minutes": checkpoint_minutes,
+        }
+        changes = {name: str(v) if isinstance(v, Path) else v for name, v in changes.items() if v is not None}
+        if adversarial is False:
+            changes["discriminator"] = None
+        elif adversarial and chosen.discriminator is None:
+            changes["discriminator"] = {}
+        if pooling is not None and adversarial is not False and (chosen.discriminator or adversarial):
+            changes["discriminator.pooling"] = pooling
+        changes |= dict(configuration.parse_override(text) for text in settings or ())
+        chosen = chosen.override(changes)
+        summary = run(chosen, out, console, resume=resume)
+    except Interrupted as stopped:
+        Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)
+        raise typer.Exit(_INTERRUPTED) from None
+    except (ValueError, OSError, NotFinite) as error:
+        fail(error)
+    _show(console, summary, out)
+
+
+def _show(console, summary, out):
+    def line(text):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    line(f"trained {summary['step']} steps in {summary['seconds']:.0f} s")
+    if "validation" in summary:
+        table = summary["validation"]
+        row = "PCKh@0.5" if table["metric"] == "PCKh" else "PCK@0.2"
+        groups = [f"{name} {_cell(v)}" for name, v in table[row].items() if name not in ("joints", "mean_of_joints")]
+        line(f"best generator, {row}: {'  '.join(groups)}")
+        line(f"{table['samples']} people; {table['unmeasured']} more can't be measured and are left out")
+    line(f"written: {out / 'best'}")
+
+
+def _cell(value):
+    return "-" if value is None else f"{value:.1f}"
