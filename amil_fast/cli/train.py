@@ -109,7 +109,8 @@ def train(
         raise typer.Exit(_INTERRUPTED) from None
     except (ValueError, OSError, NotFinite) as error:
         fail(error)
-    _show(console, summary, out)
+    if summary is not None:
+        _show(console, summary, out)
 
 
 def _show(console, summary, out):

@@ -271,16 +271,18 @@ def score(predictions, truth, *, metric="auto", pair="paper", either=False, radi
         raise ValueError(f"metric: expected 'pck', 'pckh' or 'auto', got {metric!r}")
     joints, valid = torch.from_numpy(np.nan_to_num(truth.joints)), torch.from_numpy(np.ascontiguousarray(truth.valid))
     predictions = torch.as_tensor(predictions, dtype=torch.float64)
+    # All people are given: nothing is to be added up over processes (sync_on_compute).
     if metric == "pckh":
         if not np.isfinite(truth.head_sizes).any():
             raise ValueError("metric: PCKh needs head sizes, and this ground truth has none; PCK ('pck') can be had")
-        pck, sizes = PCKh(skeleton), torch.from_numpy(truth.head_sizes)
+        pck, sizes = PCKh(skeleton, sync_on_compute=False), torch.from_numpy(truth.head_sizes)
     else:
-        pck = PCK(skeleton, pair, either=either)
+        pck = PCK(skeleton, pair, either=either, sync_on_compute=False)
         sizes = pck.sizes(joints, valid) if truth.sizes is None else torch.from_numpy(truth.sizes)
     if radius is None:
         radius = 0.5 if metric == "pckh" else 0.2
-    confusion, errors = JointConfusion(skeleton, radius), JointErrors(skeleton)
+    confusion = JointConfusion(skeleton, radius, sync_on_compute=False)
+    errors = JointErrors(skeleton, sync_on_compute=False)
     pck.update(predictions, joints, valid, normalizer=sizes)
     for other in (confusion, errors):
         other.update(predictions, joints, valid, sizes)

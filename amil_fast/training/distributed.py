@@ -2,7 +2,20 @@
 
 import torch
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _Average(torch.autograd.Function):
+    """The mean over processes. Each has a loss of its own, so that gradients are averaged likewise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x / torch.distributed.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Average.apply(gradient)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -17,9 +30,9 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(x)
         world = torch.distributed.get_world_size()
         wide = x if x.dtype == torch.float64 else x.float()
-        mean = all_reduce(wide.mean((0, 2, 3))) / world
+        mean = _Average.apply(wide.mean((0, 2, 3)))
         centered = wide - mean[:, None, None]
-        variance = all_reduce(centered.square().mean((0, 2, 3))) / world
+        variance = _Average.apply(centered.square().mean((0, 2, 3)))
         with torch.no_grad():
             count = world * x.numel() // x.shape[1]
             self.num_batches_tracked += 1

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from amil_fast.data import PoseLoader
@@ -67,12 +67,11 @@ class PoseTraining:
         self.config, self.out, self.console = config, Path(out), console
         run = config.run
         AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
-        options = DistributedDataParallelKwargs(broadcast_buffers=False)
-        if run.precision == "fp16" and (run.device == "cpu" or not torch.cuda.is_available()):
+        # Without a GPU it has to be said, or processes under torchrun don't find each other.
+        cpu = run.device == "cpu" or not torch.accelerator.is_available()
+        if run.precision == "fp16" and cpu:
             raise ValueError("run.precision: fp16 needs a GPU; bf16 works everywhere")
-        self.accelerator = Accelerator(
-            mixed_precision=PRECISIONS[run.precision], cpu=run.device == "cpu", kwargs_handlers=[options]
-        )
+        self.accelerator = Accelerator(mixed_precision=PRECISIONS[run.precision], cpu=cpu)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         on_gpu = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = on_gpu
@@ -175,7 +174,7 @@ class PoseTraining:
     # ------------------------------------------------------------------ the loop
 
     def run(self):
-        """Trains to the end. Returns the summary, which is in ``summary.json`` too.
+        """Trains to the end. Returns what ``summary.json`` holds; None on processes other than the first.
 
         Raises:
             Interrupted: SIGINT or SIGTERM; the state is saved.
@@ -394,9 +393,10 @@ class PoseTraining:
             summary["validation"] = {
                 name: value for name, value in result.summary.items() if name not in ("curve", "confusion", "errors")
             }
-        if self.accelerator.is_main_process:
-            text = json.dumps(summary, indent=2) + "\n"
-            checkpoints.publish(self.out, lambda folder: (folder / "summary.json").write_text(text))
+        if not self.accelerator.is_main_process:
+            return None
+        text = json.dumps(summary, indent=2) + "\n"
+        checkpoints.publish(self.out, lambda folder: (folder / "summary.json").write_text(text))
         return summary
 
     # ------------------------------------------------------------------ evaluation
