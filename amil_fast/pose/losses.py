@@ -22,15 +22,15 @@ def heatmap_loss(heatmaps, target, valid, count=None):
     Returns:
         A float32 scalar; 0 where no joint is valid.
     """
-    error = (heatmaps.float() - target.float()).square().mean((-1, -2))
-    if valid.shape != target.shape[:2] or error.shape[-2:] != valid.shape:
+    if target.dim() != 4 or valid.shape != target.shape[:2] or heatmaps.shape[-4:] != target.shape:
         raise ValueError(
             f"heatmaps, target, valid: expected (L, B, K, h, w), (B, K, h, w) and (B, K), got "
             f"{tuple(heatmaps.shape)}, {tuple(target.shape)} and {tuple(valid.shape)}"
         )
+    # Before squaring: what stands in the maps of a joint without annotation must not matter, NaN included.
+    error = torch.where(valid[..., None, None], heatmaps.float() - target.float(), 0)
     count = valid.sum() if count is None else torch.as_tensor(count, device=valid.device)
-    # where, not a product: what stands in the maps of a joint without annotation must not matter, NaN included.
-    return torch.where(valid, error, 0).sum() / count.clamp(min=1)
+    return error.square().mean((-1, -2)).sum() / count.clamp(min=1)
 
 
 def region_loss(scores, valid, scale=1.0):

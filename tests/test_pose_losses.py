@@ -1,0 +1,162 @@
+"""Losses of generator and discriminator: their formulas, what they ignore, where their gradients go, the balance."""
+
+import pytest
+import torch
+from torch import nn
+
+from amil_fast.nn import noisy_or_loss
+from amil_fast.pose import (
+    Balance,
+    PoseDiscriminator,
+    PoseGenerator,
+    adversarial_loss,
+    discriminator_losses,
+    heatmap_loss,
+    region_loss,
+)
+
+
+class Scale(nn.Module):
+    """D(x) = a x, with one parameter."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a))
+
+    def forward(self, heatmaps, images):
+        return self.a * heatmaps
+
+
+def maps(B=2, K=3, h=4, w=5, seed=0):
+    return torch.rand(B, K, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def test_heatmap_loss_by_hand():
+    heatmaps = torch.zeros(2, 1, 2, 1, 2)
+    heatmaps[0, 0, 0, 0] = torch.tensor([1.0, 3.0])  # squared error mean (1 + 9) / 2 = 5
+    heatmaps[1, 0, 0, 0] = torch.tensor([2.0, 0.0])  # (4 + 0) / 2 = 2
+    heatmaps[:, 0, 1] = torch.nan  # not annotated
+    target = torch.zeros(1, 2, 1, 2)
+    valid = torch.tensor([[True, False]])
+    assert heatmap_loss(heatmaps, target, valid) == 7
+    assert heatmap_loss(heatmaps[1], target, valid) == 2
+    assert heatmap_loss(heatmaps, target, valid, count=3.5) == 2
+    assert heatmap_loss(heatmaps, target, torch.zeros_like(valid)) == 0
+    with pytest.raises(ValueError, match=r"heatmaps, target, valid: expected \(L, B, K, h, w\)"):
+        heatmap_loss(heatmaps, target, valid[:, :1])
+
+
+def test_joints_without_annotation_get_no_gradient():
+    heatmaps = maps().requires_grad_()
+    valid = torch.tensor([[True, False, True], [False, True, True]])
+    target = maps(seed=1)
+    target[~valid] = torch.nan
+    heatmap_loss(heatmaps[None], target, valid).backward()
+    assert heatmaps.grad[~valid].eq(0).all() and heatmaps.grad[valid].abs().amin() > 0
+    expected = 2 * (heatmaps - target)[valid] / (valid.sum() * 20)
+    torch.testing.assert_close(heatmaps.grad[valid], expected.detach())
+
+
+def test_parts_of_a_batch_add_up():
+    """Gradients averaged over processes are those of one process with all crops, where counts are the global mean."""
+    heatmaps, target, valid = maps(4), maps(4, seed=1), torch.rand(4, 3) < 0.7
+    whole = heatmap_loss(heatmaps, target, valid)
+    parts = [heatmap_loss(heatmaps[i], target[i], valid[i], count=valid.sum() / 2) for i in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+def test_region_loss_is_the_bags_loss():
+    scores = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    valid = torch.rand(3, 4) < 0.6
+    expected = torch.stack(
+        [noisy_or_loss(scores[i].flatten(2).transpose(1, 2), valid, scale=0.7, reduction="mean").loss for i in (0, 1)]
+    ).mean()
+    torch.testing.assert_close(region_loss(scores, valid, scale=0.7), expected)
+    region_loss(scores.bfloat16() * 1000, valid).backward()
+    assert scores.grad.isfinite().all()
+
+
+def test_discriminator_losses_by_hand():
+    """D doubles: the error of a map is its mean square. Maps without annotation are empty in either input."""
+    D = Scale(2.0)
+    real, fake = maps(), maps(seed=1).requires_grad_()
+    valid = torch.tensor([[True, False, True], [False, True, True]])
+    l_real, l_fake = discriminator_losses(D, real, fake, None, valid)
+    torch.testing.assert_close(l_real.detach(), real[valid].square().mean())
+    torch.testing.assert_close(l_fake, fake[valid].square().mean())
+    l_fake.backward()
+    assert fake.grad is None and D.a.grad != 0
+
+    class Sees(nn.Module):
+        def forward(self, heatmaps, images):
+            assert images.shape[0] == heatmaps.shape[0] == 4
+            self.seen = heatmaps
+            return heatmaps
+
+    sees = Sees()
+    discriminator_losses(sees, real, fake, torch.zeros(2, 3, 8, 8), valid)
+    assert sees.seen[:2][~valid].eq(0).all() and sees.seen[2:][~valid].eq(0).all()
+    assert sees.seen[:2][valid].equal(real[valid])
+
+
+def test_adversarial_gradient_goes_through_the_input_only():
+    """l = mean (S − 2 S')², S held: dl/dS' = −4 (S − 2 S) / n = 4 S / n, where dl/dS would add 2 (S − 2 S) / n."""
+    D = Scale(2.0)
+    heatmaps = maps().requires_grad_()
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    loss = adversarial_loss(D, heatmaps, None, valid)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), heatmaps.detach().square().mean())
+    torch.testing.assert_close(heatmaps.grad, 4 * heatmaps.detach() / heatmaps.numel())
+    assert D.a.grad is None and D.a.requires_grad
+
+
+def test_frozen_parameters_stay_frozen():
+    D = PoseDiscriminator(features=8)
+    D.autoencoder[0].weight.requires_grad_(False)
+    before = [p.requires_grad for p in D.parameters()]
+    with pytest.raises(RuntimeError):
+        adversarial_loss(D, torch.rand(1, 13, 16, 16), torch.rand(1, 3, 64, 64), torch.ones(1, 13, dtype=torch.bool))
+    assert [p.requires_grad for p in D.parameters()] == before
+
+
+def test_balance_is_equation_20():
+    balance = Balance(k=0.1, step=0.01, gamma=0.5)
+    assert balance.loss(torch.tensor(3.0), torch.tensor(2.0)) == pytest.approx(2.8)
+    balance.update(torch.tensor(3.0), torch.tensor(2.0))  # 0.1 + 0.01 (1.5 - 2)
+    assert float(balance.k) == pytest.approx(0.095)
+    assert float(balance.convergence(torch.tensor(3.0), torch.tensor(2.0))) == pytest.approx(3.5)
+    balance.update(torch.tensor(0.0), torch.tensor(1e6))
+    assert balance.k == 0
+    balance.update(torch.tensor(1e6), torch.tensor(0.0))
+    assert balance.k == 1
+    again = Balance()
+    again.load_state_dict(balance.state_dict())
+    assert again.k == 1
+    loss = balance.loss(torch.tensor(3.0, requires_grad=True), torch.tensor(2.0))
+    balance.update(torch.tensor(0.0), torch.tensor(1.0))
+    loss.backward()  # the update in between does not disturb it
+    with pytest.raises(ValueError, match="k: expected 0 to 1, got 2"):
+        Balance(k=2)
+
+
+def test_one_step_of_both_in_bf16():
+    """Everything together, as training does it: finite, and each network learns from its own loss only."""
+    torch.manual_seed(0)
+    G, D = PoseGenerator(input_size=64, features=16), PoseDiscriminator(features=16)
+    images, target = torch.randn(4, 3, 64, 64), maps(4, 14, 16, 16)
+    valid = torch.rand(4, 14) < 0.9
+    with torch.autocast("cpu", torch.bfloat16):
+        output = G(images, all_blocks=True)
+        last = output.heatmaps[-1]
+        loss = heatmap_loss(output.heatmaps, target, valid) + 0.1 * region_loss(output.scores, valid)
+        loss = loss + adversarial_loss(D, last, images, valid)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in G.parameters())
+    assert all(p.grad is None for p in D.parameters())
+    before = [p.grad.clone() for p in G.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        real, fake = discriminator_losses(D, target, last, images, valid)
+    Balance(k=0.5).loss(real, fake).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in D.parameters())
+    assert all(p.grad.equal(b) for p, b in zip(G.parameters(), before, strict=True))
