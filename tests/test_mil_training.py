@@ -15,6 +15,7 @@ from amil_fast.training.mil import (
     BagClassifiers,
     MilSettings,
     area_under_roc,
+    bend,
     cross_validate,
     pack,
 )
@@ -71,6 +72,7 @@ def test_learns_with_every_loss(pooling, loss):
 def test_recipe_options_and_ensemble():
     settings = plain(
         instance_norm=2,
+        instance_scale=0.5,
         bag_scale=10,
         input_dropout=0.2,
         dropout=0.2,
@@ -181,6 +183,12 @@ def test_result_is_what_it_says():
     assert cross_validate(data, settings, at_once=4)["per_fold"] == per_fold, "the same again"
 
 
+def test_bend():
+    x = torch.tensor([-1e12, -5.0, -1.0, 0.0, 2.5, 30.0, 1e12])
+    expected = torch.tensor([-5.0, -5 * 2**-0.25, -((1 + 5**-4) ** -0.25), 0.0, 2.5 * (17 / 16) ** -0.25, 4.99904, 5.0])
+    assert torch.allclose(bend(x, 5.0), expected, rtol=1e-5)
+
+
 def test_area_under_roc():
     assert area_under_roc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == pytest.approx(0.75)
     assert area_under_roc(np.array([0.5, 0.5]), np.array([0, 1])) == pytest.approx(0.5)
@@ -195,6 +203,8 @@ def test_settings_are_checked():
         MilSettings(epochs=0)
     with pytest.raises(ValueError, match="lr: expected a positive number"):
         MilSettings(lr=0)
+    with pytest.raises(ValueError, match="instance_scale: expected a positive number, got 0"):
+        MilSettings(instance_scale=0)
     with pytest.raises(ValueError, match="weight_decay"):
         MilSettings(weight_decay=-1)
 

@@ -48,6 +48,24 @@ def test_without_residual_and_deep_supervision():
     assert output.weights is None and len(net.heads) == 1
 
 
+@pytest.mark.parametrize("pooling", ["adjust", "mean"])
+def test_scales(pooling):
+    """What is pooled is scaled, the next layer's input is not; a pooling that is linear notices nothing."""
+    net, x = net_and_bags(pooling=pooling, instance_scale=0.25, bag_scale=4.0)
+    plain, _ = net_and_bags(pooling=pooling)
+    output, unscaled = net(x, cu_seqlens=CU), plain(x, cu_seqlens=CU)
+    if pooling == "mean":
+        assert relative_error(output.logits, unscaled.logits) < 1e-14
+        return
+    h, X = x, 0
+    for level in range(3):
+        h = torch.relu(net.layers[level](h))
+        m = adjust_pool(0.25 * h, cu_seqlens=CU, backend="reference")
+        X = X + 4 * m
+        assert relative_error(output.pooled[level], m) < 1e-14
+    assert relative_error(output.embedding, X) < 1e-14
+
+
 def test_classes():
     net, x = net_and_bags(num_classes=4)
     output = net(x, cu_seqlens=CU)

@@ -62,6 +62,9 @@ def cv(
     instance_norm: Annotated[
         float, typer.Option(help="Length that instances are scaled to before pooling; 0: leave them.")
     ] = _DEFAULT.instance_norm,
+    instance_scale: Annotated[
+        float, typer.Option(help="Factor on the embeddings before pooling.")
+    ] = _DEFAULT.instance_scale,
     bag_scale: Annotated[float, typer.Option(help="Factor on the pooled vectors.")] = _DEFAULT.bag_scale,
     input_dropout: Annotated[float, typer.Option(help="Share of features dropped.")] = _DEFAULT.input_dropout,
     dropout: Annotated[float, typer.Option(help="Share of hidden units dropped.")] = _DEFAULT.dropout,

@@ -59,6 +59,9 @@ class MIRNet(nn.Module):
         input_dropout: the same for a feature of an instance.
         instance_norm: scale every instance's embedding to this length before it is pooled; None (the paper's) leaves it
             alone. An instance can then attract weight by its direction only, not by being loud.
+        instance_scale: factor on the embeddings before they are pooled; 1 in the paper. Where embeddings are much
+            longer than 1, squash keeps little more of a bag than its direction; a factor that brings them to about 1
+            keeps the length as well.
         bag_scale: factor on what the poolings give before it is summed up and scored; 1 in the paper. Squash makes bag
             vectors of length < 1, from which a head that starts small learns slowly.
         scoring: ``"bag"``: the heads score :math:`X^l`. ``"instances"``: they score every instance joined with its
@@ -85,6 +88,7 @@ class MIRNet(nn.Module):
         dropout=0.0,
         input_dropout=0.0,
         instance_norm=None,
+        instance_scale=1.0,
         bag_scale=1.0,
         scoring="bag",
         backend="auto",
@@ -109,6 +113,7 @@ class MIRNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.input_dropout = nn.Dropout(input_dropout)
         self.instance_norm = instance_norm
+        self.instance_scale = instance_scale
         self.bag_scale = bag_scale
         self.scoring = scoring
         self.reset_parameters()
@@ -143,11 +148,12 @@ class MIRNet(nn.Module):
         for level, (layer, pool) in enumerate(zip(self.layers, self.pools, strict=True)):
             x = self.dropout(torch.relu(layer(x)))
             f = x if self.instance_norm is None else _scaled_to(x, self.instance_norm)
+            to_pool = f if self.instance_scale == 1 else f * self.instance_scale
             if return_weights:
-                m, w = self._pool(pool, f, bags, return_weights=True)
+                m, w = self._pool(pool, to_pool, bags, return_weights=True)
                 weights.append(w)
             else:
-                m = self._pool(pool, f, bags)
+                m = self._pool(pool, to_pool, bags)
             pooled.append(m)
             if self.bag_scale != 1:
                 m = m * self.bag_scale

@@ -44,30 +44,26 @@ def study_cells(groups=("pooling", "network", "ingredients"), **changes):
             cells += [Cell(group, label, dataclasses.replace(base, **pooling)) for label, pooling in poolings]
         elif group == "ingredients":
             off = {
-                "instance norm": {"instance_norm": 0.0},
-                "bag scale": {"bag_scale": 1.0},
+                "instance and bag scale": {"instance_scale": 1.0, "bag_scale": 1.0},
                 "soft clip": {"soft_clip": 0.0},
-                "dropout": {"input_dropout": 0.0, "dropout": 0.0},
-                "margin loss": {"loss": "bce"},
                 "cosine schedule": {"schedule": "constant"},
+            }
+            extra = {
+                "margin loss": {"loss": "bce+margin"},
+                "dropout": {"input_dropout": 0.3, "dropout": 0.3},
+                "instance norm": {"instance_norm": 20.0},  # 2 once scaled
             }
             cells.append(Cell(group, "recipe", base))
             for name, setting in off.items():
                 cells.append(Cell(group, f"recipe without {name}", dataclasses.replace(base, **setting)))
+            for name, setting in extra.items():
+                cells.append(Cell(group, f"recipe with {name}", dataclasses.replace(base, **setting)))
             cells.append(Cell(group, "recipe, 5 networks", dataclasses.replace(base, ensemble=5)))
             cells.append(Cell(group, "paper's settings", paper))
             for name, setting in off.items():
                 back = {field: getattr(base, field) for field in setting}
                 cells.append(Cell(group, f"paper's settings with {name}", dataclasses.replace(paper, **back)))
             cells.append(Cell(group, "paper's settings, mean", dataclasses.replace(paper, pooling="mean")))
-            both = {"pooling": "mean", "instance_norm": base.instance_norm, "bag_scale": base.bag_scale}
-            cells.append(
-                Cell(
-                    group,
-                    "paper's settings, mean, with instance norm and bag scale",
-                    dataclasses.replace(paper, **both),
-                )
-            )
         else:
             for label, pooling in poolings if group == "all" else [poolings[2], poolings[5]]:
                 for residual in (True, False):
