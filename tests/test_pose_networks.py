@@ -101,7 +101,7 @@ def test_regions_and_maps_are_inverse_views():
     assert as_maps(flat, 4, 5).equal(x)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "hourglass1", "hourglass2"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet18s", "resnet34", "resnet50", "hourglass1", "hourglass2"])
 def test_backbones_give_a_quarter_of_the_resolution(backbone):
     net = make_backbone(backbone, 16).eval()
     with torch.no_grad():

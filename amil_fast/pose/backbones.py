@@ -11,8 +11,8 @@ STRIDE = 4  # of every backbone's feature map, and so of the heatmaps
 def make_backbone(name, features):
     """A backbone by name, with ``features`` channels out.
 
-    ``resnet18``, ``resnet34``, ``resnet50``: :class:`ResNetBackbone`; ``hourglassS`` (S a number): S stacked
-    hourglasses, :class:`HourglassBackbone`.
+    ``resnet18``, ``resnet18s``, ``resnet34``, ``resnet50``: :class:`ResNetBackbone`; ``hourglassS`` (S a number): S
+    stacked hourglasses, :class:`HourglassBackbone`.
     """
     if name in _RESNETS:
         return ResNetBackbone(name, features)
@@ -29,7 +29,9 @@ class ResNetBackbone(nn.Module):
     convolution.
 
     Args:
-        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``.
+        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage is as wide
+            as its third, 256 channels. Of a ResNet-18's parameters that stage has three quarters, for maps of 4 × 4
+            pixels where crops have 128; there are no ImageNet weights for this one.
         features: channels of the feature map.
 
     ``backbone(images (B, 3, H, W)) -> (B, features, H/4, W/4)``; H and W are multiples of 32.
@@ -39,12 +41,11 @@ class ResNetBackbone(nn.Module):
 
     def __init__(self, name, features):
         super().__init__()
-        block, depths = _RESNETS[name]
+        block, depths, channels_of = _RESNETS[name]
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         width, widths = 64, []
-        for stage, depth in enumerate(depths):
-            channels = 64 << stage
+        for stage, (depth, channels) in enumerate(zip(depths, channels_of, strict=True)):
             blocks = []
             for number in range(depth):
                 blocks.append(block(width, channels, stride=2 if stage and not number else 1))
@@ -128,9 +129,10 @@ class _Bottleneck(nn.Module):
 
 
 _RESNETS = {
-    "resnet18": (_BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (_BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (_Bottleneck, (3, 4, 6, 3)),
+    "resnet18": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet18s": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 256)),
+    "resnet34": (_BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet50": (_Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
 }
 
 

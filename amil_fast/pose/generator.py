@@ -35,7 +35,8 @@ class PoseGenerator(nn.Module):
     Args:
         skeleton: name of the joints to find (:data:`amil_fast.pose.skeletons.SKELETONS`).
         input_size: side of the square crops in pixels that the network is meant for; others work too.
-        backbone: ``"resnet18"``, ``"resnet34"``, ``"resnet50"`` or ``"hourglassS"`` with S stacks.
+        backbone: ``"resnet18"``, ``"resnet18s"`` (its last stage halved in width), ``"resnet34"``, ``"resnet50"``, or
+            ``"hourglassS"`` with S stacks.
         features: width of feature maps, regions and bag vectors.
         blocks: N. 0: no MI-RNet, heatmaps are a 1 × 1 convolution of Y, not limited to [0, 1].
         depth: fully connected levels in a block, each followed by the pooling.
