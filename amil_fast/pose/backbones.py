@@ -29,8 +29,8 @@ class ResNetBackbone(nn.Module):
     convolution.
 
     Args:
-        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage is as wide
-            as its third, 256 channels. Of a ResNet-18's parameters that stage has three quarters, for maps of 4 × 4
+        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage is as
+            wide as its third, 256 channels. Of a ResNet-18's parameters that stage has three quarters, for maps of 4 × 4
             pixels where crops have 128; there are no ImageNet weights for this one.
         features: channels of the feature map.
 
