@@ -30,8 +30,8 @@ class ResNetBackbone(nn.Module):
 
     Args:
         name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage is as
-            wide as its third, 256 channels. Of a ResNet-18's parameters that stage has three quarters, for maps of 4 × 4
-            pixels where crops have 128; there are no ImageNet weights for this one.
+            wide as its third, 256 channels. In a ResNet-18 that stage holds three quarters of the parameters, for maps
+            of 4 × 4 pixels where crops have 128; there are no ImageNet weights for this one.
         features: channels of the feature map.
 
     ``backbone(images (B, 3, H, W)) -> (B, features, H/4, W/4)``; H and W are multiples of 32.
