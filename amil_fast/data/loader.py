@@ -1,6 +1,7 @@
 """Batches from a pose data set: order, workers, speed."""
 
 import os
+import signal
 import time
 
 import cv2
@@ -106,3 +107,7 @@ def _start_worker(_):
     # One process per core reads: threads of their own would only get in each other's way.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    # Ctrl-C, and SIGTERM from some launchers, reach the whole process group; the main process decides what to do. A
+    # worker ends when that tells it to, or is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

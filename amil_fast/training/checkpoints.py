@@ -34,6 +34,7 @@ def publish(folder, write):
         write(partial)
         written = sorted(partial.iterdir())
         for path in written:
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
             _flush(path)
         for path in written:
             os.replace(path, folder / path.name)

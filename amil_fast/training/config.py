@@ -6,6 +6,7 @@ An unknown key is an error that names the nearest known one; so is a value of th
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -135,6 +136,19 @@ class ScheduleConfig:
     base: float = 0.01
     every: int = 20
 
+    def factor(self, step, epoch_steps):
+        """The factor at a step, counted from 0."""
+        epochs = step / epoch_steps
+        factor = 1.0
+        if self.kind == "inverse-time":
+            factor = 1 / (1 + self.base * (step // epoch_steps // self.every))
+        elif self.kind == "cosine":
+            done = max(0.0, epochs - self.warmup) / max(self.epochs - self.warmup, 1e-9)
+            factor = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        if epochs < self.warmup:
+            factor *= (step + 1) / (self.warmup * epoch_steps + 1)
+        return factor
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -143,6 +157,7 @@ class RunConfig:
     Attributes:
         seed: of weights, order and augmentation.
         device: ``"auto"`` or ``"cpu"``.
+        threads: of the CPU that compute; 0: torch's default. One is fastest where the cores have other work as well.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (GPU only) autocast.
         accumulation: parts a batch is split into, to save memory.
         ema_decay: of the moving average of the generator's weights that is evaluated and saved; 0: none.
@@ -159,6 +174,7 @@ class RunConfig:
 
     seed: int = 0
     device: str = "auto"
+    threads: int = 0
     precision: str = "fp32"
     accumulation: int = 1
     ema_decay: float = 0.999
@@ -213,6 +229,7 @@ class TrainConfig:
             ("schedule.warmup", 0),
             ("schedule.final", 0),
             ("schedule.every", 1),
+            ("run.threads", 0),
             ("run.accumulation", 1),
             ("run.log_every", 1),
             ("run.evaluate_every", 1),

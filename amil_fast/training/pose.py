@@ -67,6 +67,8 @@ class PoseTraining:
         self.config, self.out, self.console = config, Path(out), console
         run = config.run
         AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
+        if run.threads:
+            torch.set_num_threads(run.threads)
         # Without a GPU it has to be said, or processes under torchrun don't find each other.
         cpu = run.device == "cpu" or not torch.accelerator.is_available()
         if run.precision == "fp16" and cpu:
@@ -281,17 +283,7 @@ class PoseTraining:
 
     def _rate(self):
         """Factor on the learning rates at this step."""
-        schedule = self.config.schedule
-        epochs = self.step / self.epoch_steps
-        factor = 1.0
-        if schedule.kind == "inverse-time":
-            factor = 1 / (1 + schedule.base * (self.epoch // schedule.every))
-        elif schedule.kind == "cosine":
-            done = max(0.0, epochs - schedule.warmup) / max(schedule.epochs - schedule.warmup, 1e-9)
-            factor = schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        if epochs < schedule.warmup:
-            factor *= (self.step + 1) / (schedule.warmup * self.epoch_steps + 1)
-        return factor
+        return self.config.schedule.factor(self.step, self.epoch_steps)
 
     def _after_step(self):
         """Everything that needs numbers back from the device, and processes to agree: every few steps."""
