@@ -12,6 +12,16 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that torch hands out uninitialised holds NaN: whatever the kernel forgets to write shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def on_gpu(arguments):
     """The same tensors on the GPU, with the same strides and alignment."""
 
@@ -58,6 +68,39 @@ def call():
     arguments = {"heatmaps": make_maps("noisy", (8, 17, 64, 48)), "flipped": make_maps("noisy", (8, 17, 64, 48), 1)}
     arguments = on_gpu({**arguments, **make_transform("box", 8)})
     return {**arguments, "flip_pairs": [(1, 2), (3, 4)], "refine": "dark", "convention": "darkpose"}
+
+
+@pytest.mark.parametrize("refine", REFINEMENTS)
+def test_the_reference_runs_on_the_gpu_too(refine):
+    maps = make_maps("noisy", (3, 5, 40, 32), 4)
+    expected = decode_heatmaps(maps, refine=refine, backend="reference")
+    actual = decode_heatmaps(maps.cuda(), refine=refine, backend="reference")
+    assert torch.equal(actual[1].cpu(), expected[1])
+    assert (actual[0].cpu() - expected[0]).abs().max() < 1e-4
+
+
+def test_bit_equal_repeats():
+    """Many maps, so that blocks run in another order each time."""
+    maps = make_maps("noisy", (256, 17, 64, 48)).cuda()
+    expected = decode_heatmaps(maps, refine="dark_udp")
+    for _ in range(20):
+        actual = decode_heatmaps(maps, refine="dark_udp")
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_autocast():
+    """Coordinates and scores stay float32, and the same."""
+    maps = make_maps("noisy", (3, 5, 40, 32)).cuda()
+    expected = decode_heatmaps(maps, refine="dark")
+    with torch.autocast("cuda", torch.bfloat16):
+        actual = decode_heatmaps(maps, refine="dark")
+    assert all(a.dtype == torch.float32 and torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_auto_is_cuda():
+    maps = make_maps("noisy", (3, 5, 40, 32)).cuda()
+    for a, e in zip(decode_heatmaps(maps), decode_heatmaps(maps, backend="cuda"), strict=True):
+        assert torch.equal(a, e)
 
 
 def test_no_synchronisation():
