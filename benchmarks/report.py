@@ -1,6 +1,7 @@
 """Tables in Markdown from pytest-benchmark's JSON: ``python benchmarks/report.py benchmark.json [--write README.md]``.
 
-``--write`` replaces what stands between ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` in a file.
+Also from the ``operators.json`` of benchmarks/gpu/operators.py. ``--write`` replaces what stands between
+``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` in a file.
 """
 
 import argparse
@@ -106,12 +107,99 @@ def report(results):
     return "\n".join(lines)
 
 
+def gpu_pool_table(rows, floor):
+    """One line per case and dtype; the rows of one pass, and the share of the copy bandwidth over ``floor``."""
+    by = {(r["case"], r["dtype"], r["pass"], r["rival"]): r for r in rows}
+    lines = [
+        "| bags, instances, features | forward | of the floor | backward | of the floor | both | vs eager"
+        " | vs `torch.compile` | vs max-autotune | vs attention calls | memory beyond in- and output |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, dtype in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
+        ours = {which: by.get((case, dtype, which, "ours")) for which in ("forward", "backward", "both")}
+        cells = []
+        for which in ("forward", "backward"):
+            row = ours[which]
+            cells += [f"{row['median_ms']:.3f} ms", f"{row[floor]:.0%}"] if row else ["–", "–"]
+        cells.append(f"{ours['both']['median_ms']:.3f} ms" if ours["both"] else "–")
+        for rival in ("eager", "compile", "max-autotune", "attention"):
+            row = by.get((case, dtype, "both", rival))
+            cells.append(f"{row['times_of_ours']:.1f} ×" if row and row["times_of_ours"] else "–")
+        cells.append(f"{ours['both']['extra_share_of_input']:.2%}" if ours["both"] else "–")
+        lines.append(f"| {case} {dtype} | {' | '.join(cells)} |")
+    return lines
+
+
+def gpu_decode_table(rows):
+    by = {(r["shape"], r["dtype"], r["function"], r["rival"]): r for r in rows}
+    lines = [
+        "| refinement, maps | ours | of one read | plain PyTorch | `torch.compile` of it"
+        " | peers on the CPU, copy included |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for shape, dtype, function in dict.fromkeys((r["shape"], r["dtype"], r["function"]) for r in rows):
+        ours = by.get((shape, dtype, function, "ours"))
+        if ours is None:
+            continue
+        others = [
+            by.get((shape, dtype, function, rival)) for rival in ("torch", "compile", "peer on the CPU, copy included")
+        ]
+        cells = [f"{r['times_of_ours']:.1f} ×" if r and r["times_of_ours"] else "–" for r in others]
+        lines.append(
+            f"| {function} {shape} {dtype} | {ours['median_ms'] * 1e3:.1f} µs | {ours['share_of_floor']:.0%}"
+            f" | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def gpu_report(results):
+    """The results of benchmarks/gpu/operators.py."""
+    machine = results["machine"]
+    if results["dry_run"]:
+        lines = ["DRY RUN ON A CPU: not one of these figures is a measurement.", ""]
+    else:
+        lines = [
+            f"Measured on {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, commit"
+            f" {machine['commit']}{' with changes' if machine['modified'] else ''}, with `{results['command']}`;"
+            " medians of interleaved turns.",
+            "",
+        ]
+    lines += [f"Copy bandwidth {results['copy_bandwidth_gb_per_s']:.0f} GB/s, read and written bytes counted.", ""]
+    rows = results.get("adjust_pool", [])
+    if rows:
+        lines += [
+            "`adjust_pool`, T = 3; floor: F once where a bag fits on chip, else T times (backward T − 1); dF once:"
+        ]
+        lines += ["", *gpu_pool_table(rows, "share_of_floor"), ""]
+    rows = [r for r in results.get("decode_heatmaps", []) if r["rival"] != "amax"]
+    if rows:
+        lines += ["`decode_heatmaps`:", "", *gpu_decode_table(rows), ""]
+    for row in results.get("overhead", []):
+        if row["rival"] == "ours":
+            lines.append(
+                f"Tiny bags (16, 8, 32), {row['pass']}: {row['eager_host_us']:.1f} µs of host time a call,"
+                f" {row['in_graph_us']:.1f} µs in a CUDA graph."
+            )
+    lines += ["", "| goal | wanted | measured | met |", "| --- | --- | --- | --- |"]
+    for row in results.get("goals", []):
+        met = {True: "yes", False: "no", None: "–"}[row["met"]]
+        lines.append(f"| {row['goal']} | {row['wanted']} | {row['measured']} | {met} |")
+    missing = results.get("failed", []) + results.get("skipped", [])
+    lines += ["", *(f"Not measured: {', '.join(str(v) for v in row.values() if v)}." for row in missing)]
+    lines += [f"Not reached in time: {what}." for what in results.get("not_reached", [])]
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("--write", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    text = report(json.loads(arguments.json.read_text()))
+    results = json.loads(arguments.json.read_text())
+    is_gpu = str(results.get("format", "")).startswith("amil_fast gpu operators")
+    text = gpu_report(results) if is_gpu else report(results)
+    if arguments.write and results.get("dry_run"):
+        parser.error("these are the figures of a dry run; nothing is written")
     print(text)
     if arguments.write:
         old = arguments.write.read_text()
