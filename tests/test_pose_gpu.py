@@ -132,4 +132,4 @@ def test_a_few_steps_of_training_learn():
         losses.append(step(generator, discriminator, *data, autocast=True)[0][0].item())
         for optimizer in optimizers:
             optimizer.step()
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < 0.97 * losses[0], losses

@@ -85,6 +85,7 @@ class Cuda:
         # A backward pass runs on the stream of its forward pass: a stream of our own, so that either can be captured.
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
+        gc.freeze()  # every capture collects garbage; what was imported is none
 
     def synchronize(self):
         self.torch.cuda.synchronize()

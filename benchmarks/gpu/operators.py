@@ -129,7 +129,7 @@ def make_rivals(case, device, names, dry_run):
 
 
 def make_passes(function, x, upstream):
-    """pass -> a call that returns its tensors. The backward pass repeats one recorded by a forward pass here."""
+    """pass -> a call that returns its tensors; "forget" frees what the backward pass, recorded once, keeps alive."""
     import torch
 
     leaf = x.detach().requires_grad_()
@@ -149,7 +149,7 @@ def make_passes(function, x, upstream):
     def backward():
         return torch.autograd.grad(recorded(), leaf, upstream, retain_graph=True)
 
-    return {"forward": forward, "backward": backward, "both": both}
+    return {"forward": forward, "backward": backward, "both": both, "forget": recorded.cache_clear}
 
 
 def slices(case, elements=1 << 26):
@@ -232,6 +232,7 @@ def measure_case(device, case, dtype, names, bandwidth, results, dry_run):
             if not right(name, found[name], found["plain"], dtype):
                 raise ValueError(f"relative errors {found[name]} of bag and gradient, eager's {found['plain']}")
             extra = {which: device.peak(calls[0][which]) for which in PASSES}
+            calls[0]["forget"]()
         except Exception as error:  # a rival out of memory is a result, not the end
             kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else short(error)
             results.add("failed", {"case": label, "rival": name, "pass": "all", "reason": kind})
@@ -275,6 +276,8 @@ def measure_case(device, case, dtype, names, bandwidth, results, dry_run):
                 "extra_share_of_input": checked[name][1][which] / size,
             })  # fmt: skip
         del works
+        for call in itertools.chain(*passes.values()):
+            call["forget"]()
 
 
 # ---- the machine ----
