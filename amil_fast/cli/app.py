@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from amil_fast import environment
-from amil_fast.cli import mil, pose, train
+from amil_fast.cli import ablate, mil, pose, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -28,6 +28,7 @@ def info():
 app.add_typer(mil.app, name="mil")
 pose.register(app)
 train.register(app)
+ablate.register(app)
 
 
 @app.command()

@@ -1,0 +1,71 @@
+"""``amil ablate``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from amil_fast.cli.pose import fail
+
+
+def register(app):
+    """Adds the command to the root of the command line."""
+    app.command()(ablate)
+
+
+def ablate(
+    out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.json, ablation.md and ablation.png.")],
+    preset: Annotated[str | None, typer.Option(help="Preset of `amil train` that the rows are changes of.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A train.json instead of --preset.")] = None,
+    root: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+    packed: Annotated[Path | None, typer.Option(help="A file written by `amil pack`, instead of --root.")] = None,
+    groups: Annotated[
+        str, typer.Option(help="Comma-separated: ideas, pooling, levels, routing, schedule.")
+    ] = "ideas,pooling",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; every row is trained with each.")] = "0,1",
+    epochs: Annotated[int | None, typer.Option(help="Times every person is seen.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on its share of the cores.")] = 1,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="As for `amil train`.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+):
+    """Train with and without each of the paper's ideas, with several seeds, and compare.
+
+    Every row is an `amil train` with one setting changed; a stopped study goes on where it was when called again.
+
+    Example: `amil ablate --preset lspet-small --packed lspet.pack --out runs/ablation --epochs 10 --jobs 2`
+
+    Example: `amil ablate --preset lspet-small --root data/lspet --out runs/levels --groups levels,routing`
+    """
+    from amil_fast.cli.pose import _progress
+    from amil_fast.training import ablation
+    from amil_fast.training import config as configuration
+
+    console = Console(quiet=quiet)
+    try:
+        if (preset is None) == (config is None):
+            raise ValueError("expected one of --preset and --config")
+        base = configuration.preset(preset) if preset else configuration.from_dict(json.loads(config.read_text()))
+        changes = {"data.root": root, "data.packed": packed, "schedule.epochs": epochs}
+        changes = {name: str(v) if isinstance(v, Path) else v for name, v in changes.items() if v is not None}
+        base = base.override(changes | dict(configuration.parse_override(text) for text in settings or ()))
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError:
+            raise ValueError(f"seeds: expected numbers with commas between, got {seeds!r}") from None
+        rows = ablation.plan(base, groups.split(","), numbers)
+        with _progress(console, quiet) as progress:
+            task = progress.add_task("runs", total=None)
+            ablation.run(
+                rows, out, jobs=jobs, on_run=lambda done, total: progress.update(task, completed=done, total=total)
+            )
+        table = ablation.results(rows, out)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+    (out / "ablation.json").write_text(json.dumps(table, indent=1) + "\n")
+    text = ablation.to_markdown(table)
+    (out / "ablation.md").write_text(text)
+    ablation.draw(out / "ablation.png", table)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {out / 'ablation.md'}", markup=False, highlight=False, soft_wrap=True)
