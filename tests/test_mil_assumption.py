@@ -37,6 +37,18 @@ def false_frequency(rng, label, test):
     return x
 
 
+def two_concepts(rng, label, test):
+    """Positive bags hold two kinds of key, negative bags one of them; poison as in :func:`single_concept`."""
+    x = rng.normal(size=(int(rng.integers(8, 13)), _FEATURES))
+    key = rng.integers(2)
+    x[0, 2 * key] += 6
+    if label:
+        x[2, 2 * (1 - key)] += 6
+    if label == test:
+        x[1, 1] += 8
+    return x
+
+
 def outcome(make_bag, pooling, loss, seed=0):
     """AUC on 300 more bags as in training, and on 300 bags in which the shortcut points the other way."""
     rng = np.random.default_rng(seed)
@@ -60,6 +72,13 @@ def test_margin_loss_keeps_the_assumption(pooling):
     assert trained > 0.9 and turned > 0.8
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_margin_loss_keeps_the_assumption_of_two_keys(pooling):
+    """Harder: both keys are needed (AUC of one of the two alone: 0.75 at best); the poison fools no pooling."""
+    trained, turned = outcome(two_concepts, pooling, "margin")
+    assert trained > 0.75 and turned > 0.75
+
+
 def test_max_pooling_does_not_count():
     """Max pooling with the margin loss is the only pair of pooling and loss that also withstands a false frequency."""
     trained, turned = outcome(false_frequency, "max", "margin")
@@ -74,8 +93,8 @@ def test_other_poolings_count(pooling):
 
 
 @pytest.mark.parametrize("pooling", ["adjust", "attention"])
-@pytest.mark.parametrize("loss", ["bce", "mil"])
-def test_scoring_heads_break_it(pooling, loss):
+@pytest.mark.parametrize("loss, bags", [("bce", single_concept), ("mil", single_concept), ("bce", two_concepts)])
+def test_scoring_heads_break_it(pooling, loss, bags):
     """Kept as a known limit: a head weighs a feature negatively as easily as positively, whatever the pooling."""
-    trained, turned = outcome(single_concept, pooling, loss)
+    trained, turned = outcome(bags, pooling, loss)
     assert trained > 0.95 and turned < 0.5
