@@ -10,6 +10,7 @@ The learning rate falls over --epochs, so these should fit the time: a first run
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -86,10 +87,11 @@ def run(options, budget, more):
             stopped = True
             process.send_signal(signal.SIGINT)  # saves and stops
             try:
-                status = process.wait(SAVING / 2)
+                status = process.wait(SAVING * 2 / 3)
             except subprocess.TimeoutExpired:
-                process.kill()
-                status = process.wait()
+                os.killpg(process.pid, signal.SIGKILL)  # the processes that read images too
+                process.wait()
+                status = "killed, it did not stop in time"
     facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
     return status, stopped, time.monotonic() - start, facts
 
