@@ -1,4 +1,4 @@
-"""``amil mil`` and ``amil demo``."""
+"""``amil mil``."""
 
 import dataclasses
 import json
@@ -8,7 +8,6 @@ import pytest
 from test_mil_training import easy_bags
 from typer.testing import CliRunner
 
-from amil_fast import demo
 from amil_fast.cli.app import app
 from amil_fast.data.bags import save_bags
 from amil_fast.training.mil import PAPER_SETTINGS
@@ -85,21 +84,3 @@ def test_cv_unwritable_json(bag_file, tmp_path):
     (tmp_path / "file").write_text("")
     run = amil("mil", "cv", bag_file, *FAST, "--json", tmp_path / "file" / "x.json")
     assert run.exit_code == 2 and "can't be written" in run.output
-
-
-def test_demo(tmp_path):
-    run = amil("demo", "--out", tmp_path / "demo", "--seed", 1)
-    assert run.exit_code == 0, run.output
-    assert "made-up" in run.output
-    scores = json.loads((tmp_path / "demo" / "mil_scores.json").read_text())
-    assert scores["problem"] == "made up"
-    assert scores["accuracy"] > 0.85 and scores["pointing"] > 0.9 > 0.3 > scores["by_chance"]
-    assert (tmp_path / "demo" / "mil_weights.png").stat().st_size > 20_000
-
-
-def test_made_up_bags():
-    bags = demo.make_bags(50, seed=0)
-    sizes = bags.cu_seqlens.diff()
-    assert sizes.min() >= 5 and sizes.max() <= 40 and bags.cu_seqlens[-1] == len(bags.features)
-    keys = [int(k.sum()) for k in bags.key.split(sizes.tolist())]
-    assert all((k > 0) == bool(label) for k, label in zip(keys, bags.labels, strict=True))

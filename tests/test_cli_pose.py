@@ -166,7 +166,8 @@ def test_skip_bad(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate"], "expected --predictions, --checkpoint or --model"),
+        (["evaluate"], "a network needs --dataset and --root"),
+        (["evaluate", "--dataset", "coco", "--root", ".", "--crop", "image"], "--crop is for lsp and lspet"),
         (["evaluate", "--predictions", "a.npy", "--model", "m:f"], "got both"),
         (["evaluate", "--model", "color_finder:build"], "a network needs --dataset and --root"),
         (["evaluate", "--predictions", "a.npy"], "a.npy: it holds no ground truth"),

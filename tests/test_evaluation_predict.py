@@ -245,8 +245,8 @@ def test_loading(tmp_path):
             load_model(factory=factory)
     with pytest.raises(ValueError, match=r"model: expected color_finder:not_a_network to return a torch.nn.Module"):
         load_model(factory="color_finder:not_a_network")
-    with pytest.raises(ValueError, match="checkpoint: expected a checkpoint"):
-        load_model()
+    shipped = load_model()
+    assert shipped.skeleton is LSP14 and not shipped.training
     with pytest.raises(ValueError, match=r"none: there is no such checkpoint"):
         load_model(tmp_path / "none")
     assert color_finder.SIZE == 128

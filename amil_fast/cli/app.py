@@ -35,11 +35,14 @@ ablate.register(app)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures and scores.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = 0,
+    image: Annotated[
+        Path | None, typer.Option(help="Photo of one person for the shipped weights; by default Matplotlib's portrait.")
+    ] = None,
 ):
-    """Train on a made-up problem, no data needed, and draw what adjust pooling weighs. Under a minute on a CPU.
+    """Train on made-up bags and on drawn figures, no data needed, and draw what was learned. Minutes on a CPU.
 
     Example: `amil demo`
     """
     from amil_fast.cli.demo import show_demo
 
-    show_demo(out, seed)
+    show_demo(out, seed, image)

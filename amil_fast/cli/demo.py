@@ -1,16 +1,27 @@
-"""``amil demo``: runs :mod:`amil_fast.demo` with a progress bar and a table."""
+"""``amil demo``: runs :mod:`amil_fast.demo` with progress and tables."""
 
 from rich.console import Console
 from rich.table import Table
 
-from amil_fast import demo
 from amil_fast.cli.mil import fail, progress_bar
+from amil_fast.demo import bags
 
 _EPOCHS = 30
 
 
-def show_demo(folder, seed):
+def show_demo(folder, seed, image=None):
+    """Both halves of the demo; ``image``: photo for the shipped weights."""
     console = Console()
+    try:
+        _show_bags(console, folder, seed)
+        _show_figures(console, folder, seed, image)
+    except OSError as error:
+        fail(f"{folder}: can't be written: {error.strerror}")
+    except ValueError as error:
+        fail(error)
+
+
+def _show_bags(console, folder, seed):
     console.print(
         "[bold]A made-up multiple-instance problem[/] (drawn at random here, no data set): a bag is positive iff one "
         "of its 5 to 40 instances is a key instance. The model sees the bags' labels only."
@@ -21,10 +32,7 @@ def show_demo(folder, seed):
         def on_epoch(epoch, loss):
             progress.update(task, advance=1, description=f"training, loss {loss:.3f}")
 
-        try:
-            scores = demo.run(folder, epochs=_EPOCHS, seed=seed, on_epoch=on_epoch)
-        except OSError as error:
-            fail(f"{folder}: can't be written: {error.strerror}")
+        scores = bags.run(folder, epochs=_EPOCHS, seed=seed, on_epoch=on_epoch)
     table = Table(
         title=f"MI-RNet with adjust pooling, {scores['bags']} test bags", caption=f"{scores['seconds']:.1f} s"
     )
@@ -35,7 +43,25 @@ def show_demo(folder, seed):
     table.add_row("heaviest instance of a recognised positive bag is a key instance", _number(scores["pointing"]))
     table.add_row("the same by chance", _number(scores["by_chance"]))
     console.print(table)
-    for name in ("mil_weights.png", "mil_scores.json"):
+    _written(console, folder, ("mil_weights.png", "mil_scores.json"))
+
+
+def _show_figures(console, folder, seed, image):
+    from amil_fast.demo import figures
+
+    console.print(
+        "\n[bold]The pose model on drawn figures[/] (no data set): generator and discriminator, trained against each "
+        "other. This takes up to three minutes on two cores."
+    )
+    result = figures.run(folder, console, seed=seed, image=image)
+    console.print(
+        f"PCK@0.2 on {result.figures} other figures: {result.pck:.1f} % after {result.seconds:.0f} s of training"
+    )
+    _written(console, folder, [path.name for path in result.written])
+
+
+def _written(console, folder, names):
+    for name in names:
         console.print(f"written: {folder / name}", markup=False, highlight=False, soft_wrap=True)
 
 

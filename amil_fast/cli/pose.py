@@ -22,10 +22,15 @@ _Dataset = Annotated[
 _Root = Annotated[Path | None, typer.Option(help="The data set's folder, in the layout it was published in.")]
 _Split = Annotated[str | None, typer.Option(help="Part of it, such as train, val, test, valid, val2017.")]
 _SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and list bad entries instead of stopping.")]
+_Crop = Annotated[
+    str | None,
+    typer.Option(help="LSP and LSPET: image (whole image, the default) or joints (around the annotated joints)."),
+]
 _Json = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 _Checkpoint = Annotated[
-    Path | None, typer.Option(help="Trained network; with --model a .safetensors file of its weights.")
+    Path | None,
+    typer.Option(help="Trained network, by default the shipped one; with --model a .safetensors file of its weights."),
 ]
 _Model = Annotated[
     str | None, typer.Option(help="package.module:function returning any torch.nn.Module from crops to heatmaps.")
@@ -68,6 +73,7 @@ def evaluate(
         bool, typer.Option("--either", help="Where the pair isn't annotated, take its mirror image.")
     ] = False,
     skip_bad: _SkipBad = False,
+    crop: _Crop = None,
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for curves, confusion matrix, histograms and samples as pictures.")
     ] = None,
@@ -94,8 +100,6 @@ def evaluate(
     from amil_fast.evaluation.scoring import GroundTruth, read_ground_truth, read_predictions, score
 
     console = Console(quiet=quiet)
-    if predictions is None and checkpoint is None and model is None:
-        fail("expected --predictions, --checkpoint or --model")
     if predictions is not None and (checkpoint is not None or model is not None):
         fail("expected either --predictions or a network, got both")
     if predictions is None and dataset is None:
@@ -106,7 +110,8 @@ def evaluate(
     with _errors():
         _check_pair(pair)
         if dataset is not None:
-            people = _people(dataset, root, split, skip_bad, check_images=predictions is None or pictures is not None)
+            options = _crop_option(dataset, crop) | {"check_images": predictions is None or pictures is not None}
+            people = _people(dataset, root, split, skip_bad, **options)
             left_out = people.left_out
             truth = GroundTruth.of(people)
         else:
@@ -162,6 +167,8 @@ def predict(
 
     `--boxes`: an object `{"photo.jpg": [[x, y, width, height], ...]}`, or a list of rows with `bbox` and `file_name`
     or `image_id`, and `frame` for videos.
+
+    Example: `amil predict photo.jpg`
 
     Example: `amil predict photo.jpg clips/ --checkpoint runs/lspet/best --out found`
 
@@ -225,9 +232,7 @@ def pack(
         float | None,
         typer.Option(help="Store so much more than the crop (1.3; whole images 1)."),
     ] = None,
-    crop: Annotated[
-        str | None, typer.Option(help="LSP and LSPET: image (whole image) or joints (around the annotated joints).")
-    ] = None,
+    crop: _Crop = None,
     skip_bad: _SkipBad = False,
     json_file: _Json = None,
     quiet: _Quiet = False,
@@ -242,10 +247,7 @@ def pack(
     if dataset is None:
         fail("expected --dataset and --root")
     with _errors(), _progress(console, quiet) as progress:
-        options = {} if crop is None else {"crop": crop}
-        if crop is not None and dataset not in ("lsp", "lspet"):
-            fail("--crop is for lsp and lspet: the other data sets have boxes")
-        people = _people(dataset, root, split, skip_bad, training=True, **options)
+        people = _people(dataset, root, split, skip_bad, training=True, **_crop_option(dataset, crop))
         task = progress.add_task("crops", total=len(people))
         out.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
@@ -369,6 +371,12 @@ def _people(dataset, root, split, skip_bad, training=False, **options):
     if root is None:
         fail("--dataset needs --root, the data set's folder")
     return load(dataset, root, split, training=training, skip_bad=skip_bad, **options)
+
+
+def _crop_option(dataset, crop):
+    if crop is not None and dataset not in ("lsp", "lspet"):
+        fail("--crop is for lsp and lspet: the other data sets have boxes")
+    return {} if crop is None else {"crop": crop}
 
 
 def _check_pair(pair):

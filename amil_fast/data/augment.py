@@ -73,9 +73,9 @@ class Augmentation:
         )
 
 
-# Training on LSP and LSPET (gymnastics, parkour): half of the people at any angle. In a whole image of LSPET people are
+# Training on LSP and LSPET (gymnastics, parkour): many people at any angle. In a whole image of LSPET people are
 # about 0.6 times as large as in a crop around their joints: a network trained on either finds them in the other.
-SPORTS = Augmentation(any_rotation=0.5, scale=(0.6, 1.3))
+SPORTS = Augmentation(any_rotation=0.3, scale=(0.6, 1.3))
 
 
 def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, tint=(1.0, 1.0, 1.0)):

@@ -7,10 +7,13 @@ import torch
 
 from amil_fast.data.geometry import heatmap_to_image
 from amil_fast.ops import decode_heatmaps
+from amil_fast.pose import PoseGenerator
 from amil_fast.pose.skeletons import get_skeleton
 
 # ImageNet's, which backbones are trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The generator that comes with the package; its README.md says what it was trained on and what it can't do.
+SHIPPED = Path(__file__).resolve().parents[1] / "weights"
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".pt2", ".tar"})
 
 
@@ -111,13 +114,13 @@ def load_model(checkpoint=None, factory=None):
     """A network for :class:`Predictor`. No file is ever unpickled.
 
     Args:
-        checkpoint: what ``PoseGenerator.save_pretrained`` wrote; with ``factory`` a ``.safetensors`` file of weights.
+        checkpoint: what ``PoseGenerator.save_pretrained`` wrote, by default the shipped weights; with ``factory`` a
+            ``.safetensors`` file of weights.
         factory: ``"package.module:function"`` that returns any ``torch.nn.Module`` from crops to heatmaps; attributes
             ``skeleton``, ``input_size``, ``mean`` and ``std`` of it are respected. It is imported and called.
 
     Raises:
-        ValueError: neither is given, a file that would have to be unpickled, weights that don't fit, an unknown
-        factory.
+        ValueError: a file that would have to be unpickled, weights that don't fit, an unknown factory.
     """
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
@@ -130,16 +133,7 @@ def load_model(checkpoint=None, factory=None):
             raise ValueError(f"{path}: there is no such checkpoint")
     if factory is not None:
         return _from_factory(factory, path)
-    if path is None:
-        raise ValueError("checkpoint: expected a checkpoint (--checkpoint) or a network (--model), got neither")
-    return _pose_generator().from_pretrained(path)
-
-
-def _pose_generator():
-    pose = importlib.import_module("amil_fast.pose")
-    if not hasattr(pose, "PoseGenerator"):
-        raise ValueError("checkpoint: this version has no PoseGenerator to load; name a network of your own (--model)")
-    return pose.PoseGenerator
+    return PoseGenerator.from_pretrained(SHIPPED if path is None else path)
 
 
 def _from_factory(factory, path):

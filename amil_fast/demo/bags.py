@@ -1,4 +1,5 @@
-"""``amil demo``: a made-up multiple-instance problem, solved with adjust pooling, and a picture of its weights."""
+"""The first half of ``amil demo``: a made-up multiple-instance problem, solved with adjust pooling, and a picture of
+its weights."""
 
 import json
 import time
