@@ -162,6 +162,8 @@ class RunConfig:
         accumulation: parts a batch is split into, to save memory.
         ema_decay: of the moving average of the generator's weights that is evaluated and saved; 0: none.
         compile: use ``torch.compile``.
+        sync_batch_norm: several processes normalise by the statistics of all their crops, as one process would; off is
+            faster, and fine where each has some dozens.
         init: what ``save_pretrained`` wrote (or a ``.safetensors`` file) to start the generator from.
         log_every: steps between reading the losses from the device.
         evaluate_every: epochs between validations.
@@ -179,6 +181,7 @@ class RunConfig:
     accumulation: int = 1
     ema_decay: float = 0.999
     compile: bool = False
+    sync_batch_norm: bool = True
     init: str | None = None
     log_every: int = 10
     evaluate_every: int = 5

@@ -150,7 +150,7 @@ class PoseTraining:
     def _prepare_model(self, model, rate):
         """The bare model on its device, what to call in training, and its optimiser."""
         model = model.to(self.device, memory_format=torch.channels_last).train()
-        if self.world > 1:
+        if self.world > 1 and self.config.run.sync_batch_norm:
             model = synchronize_batch_norm(model, self.device)
         settings = self.config.optimizer
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
@@ -361,7 +361,7 @@ class PoseTraining:
         self.report.epoch(row)
         self._say_epoch(row, result)
         if self._is_better(result):
-            self.best = {"score": _score(result), "step": self.step, "epoch": epoch}
+            self.best = {"score": None if result is None else _score(result), "step": self.step, "epoch": epoch}
             self._save_generator("best")
         self.epoch, self.epoch_step, self.totals = epoch, 0, {}
         self._clock = time.monotonic()  # evaluation doesn't count as training
