@@ -28,8 +28,9 @@ def study_cells(groups=("pooling", "network", "ingredients"), **changes):
 
     Args:
         groups: ``"pooling"``: every pooling with the default recipe. ``"network"``: adjust and mean pooling × residual
-            × deep supervision × loss. ``"ingredients"``: the default recipe with one ingredient taken out, and the
-            paper's settings with one put in. ``"all"``: every pooling × residual × deep supervision × loss.
+            × deep supervision × loss. ``"ingredients"``: the default recipe with one ingredient taken out or one more
+            put in, and the paper's settings with one put in. ``"all"``: every pooling × residual × deep supervision ×
+            loss.
         changes: settings that replace those of every row, for example ``seed=1``.
     """
     base = dataclasses.replace(MilSettings(ensemble=1), **changes)
