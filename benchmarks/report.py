@@ -88,6 +88,18 @@ def decode_table(benchmarks):
     return lines
 
 
+def predict_table(rows):
+    lines = [
+        "| device, precision, threads, batch | images/s | network (twice) | decoder | reading, cropping, the rest |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return lines + [
+        f"| {r['device']}, {r['precision']}, {r['threads']}, {r['batch']} | {r['images_per_second']:.0f}"
+        f" | {r['share_network']:.0%} | {r['share_decoder']:.1%} | {r['share_rest']:.0%} |"
+        for r in rows
+    ]
+
+
 def report(results):
     machine = results["machine_info"]
     commit = (results.get("commit_info") or {}).get("id", "unknown")[:10]
@@ -104,6 +116,11 @@ def report(results):
     decode = decode_table(results["benchmarks"])
     if decode:
         lines += ["`decode_heatmaps`:", "", *decode, ""]
+    predict = [b["extra_info"] for b in results["benchmarks"] if b["extra_info"].get("operator") == "predict"]
+    if predict:
+        size = predict[0]["size"]
+        lines += [f"Photos to joints with the shipped generator ({size} px crops, mirror averaging, DARK):", ""]
+        lines += [*predict_table(predict), ""]
     return "\n".join(lines)
 
 
