@@ -104,6 +104,24 @@ def test_interrupt_is_exit_code_130(tiny, tmp_path, monkeypatch):
     assert run.exit_code == 130 and "SIGINT: stopped after step 2" in run.output
 
 
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_ends(tiny, tmp_path, which):
+    """With workers at work, and from outside: it saves, and is gone."""
+    command = [sys.executable, "-m", "amil_fast.cli", "train", "--config", str(tiny), "--out", str(tmp_path / "run")]
+    command += ["--epochs", "1000", "--workers", "2", "--set", "run.checkpoint_steps=1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while _step(tmp_path / "run") < 1 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(which)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said.decode()[-2000:]
+    assert f"{which.name}: stopped after step" in said.decode()
+
+
 def test_killed_and_resumed(tiny, tmp_path):
     """kill -9 at a random moment, twice; what is left is whole, and the end is that of a run that was let be."""
     settings = ("--config", tiny, "--epochs", 25, "--workers", 1, "--set", "run.checkpoint_steps=1")

@@ -82,6 +82,13 @@ class PoseLoader(torch.utils.data.DataLoader):
         """Which epoch the next ``iter`` is."""
         self.sampler.set_epoch(epoch, start)
 
+    def close(self):
+        """Ends the workers. Without it an interpreter that exits on an error waits for them for ever: it sends SIGTERM,
+        which they leave to the main process."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
     @property
     def images_per_second(self):
         """Images delivered per second since the iteration began; NaN before the first batch."""
@@ -108,6 +115,6 @@ def _start_worker(_):
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     # Ctrl-C, and SIGTERM from some launchers, reach the whole process group; the main process decides what to do. A
-    # worker ends when that tells it to, or is gone.
+    # worker ends when that tells it to (PoseLoader.close), or is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

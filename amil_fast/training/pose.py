@@ -192,7 +192,10 @@ class PoseTraining:
         )
         self._saved = self._clock = time.monotonic()
         self._steps_shown = self.step
-        with self._signals(), self.report:
+        with self._signals(), self.report, ExitStack() as stack:
+            for loader in (self.loader, self.validation_loader):
+                if loader is not None:
+                    stack.callback(loader.close)
             self._introduce()
             while self.epoch < config.schedule.epochs:
                 self.loader.set_epoch(self.epoch, start=self.epoch_step * run.accumulation * self.part_size)
