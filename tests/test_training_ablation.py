@@ -22,7 +22,7 @@ TINY = [
 
 
 def test_rows_change_what_they_say():
-    rows = ablation.plan(TrainConfig(), ["ideas", "pooling", "levels", "routing", "schedule"], [3, 4])
+    rows = ablation.plan(TrainConfig(), list(ablation.GROUPS), [3, 4])
     plain, regions, adversarial, both = (
         rows["ideas", row][0][1] for row in ("backbone + L2", "+ MI-RNet", "+ adversarial", "+ both")
     )

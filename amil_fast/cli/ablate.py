@@ -22,7 +22,7 @@ def ablate(
     root: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
     packed: Annotated[Path | None, typer.Option(help="A file written by `amil pack`, instead of --root.")] = None,
     groups: Annotated[
-        str, typer.Option(help="Comma-separated: ideas, pooling, levels, routing, schedule.")
+        str, typer.Option(help="Comma-separated: ideas, pooling, levels, routing, adversary, schedule.")
     ] = "ideas,pooling",
     seeds: Annotated[str, typer.Option(help="Comma-separated; every row is trained with each.")] = "0,1",
     epochs: Annotated[int | None, typer.Option(help="Times every person is seen.")] = None,

@@ -23,8 +23,9 @@ GROUPS = {
     },
     "pooling": {
         "adjust": _REGIONS,
-        "mean": {**_REGIONS, "generator.pooling": "mean"},
-        "max": {**_REGIONS, "generator.pooling": "max"},
+        # Means and maxima are not squashed: nothing to scale up.
+        "mean": {**_REGIONS, "generator.pooling": "mean", "generator.bag_scale": 1.0},
+        "max": {**_REGIONS, "generator.pooling": "max", "generator.bag_scale": 1.0},
         "none": {**_REGIONS, "generator.pooling": "none"},
     },
     "levels": {  # Table 5
@@ -33,6 +34,13 @@ GROUPS = {
         "3 FC": {**_REGIONS, "generator.depth": 3},
     },
     "routing": {f"T = {T}": {**_REGIONS, "generator.num_iters": T} for T in (1, 2, 3, 5)},
+    # With losses that are means over pixels, about 0.01, Chou et al.'s constants leave k at 0 for thousands of steps and
+    # the adversarial term a millionth of the loss. The remedies: k by sums over a map, and a term that can be felt.
+    "adversary": {
+        "constants of Chou et al.": {},
+        "k by sums": {"balance.step": 0.5},
+        "k by sums, weight 0.05": {"balance.step": 0.5, "loss.adversarial": 0.05},
+    },
     "schedule": {"with decay": {}, "without decay": {"schedule.kind": "constant"}},  # Fig. 8
 }
 
