@@ -34,8 +34,8 @@ GROUPS = {
         "3 FC": {**_REGIONS, "generator.depth": 3},
     },
     "routing": {f"T = {T}": {**_REGIONS, "generator.num_iters": T} for T in (1, 2, 3, 5)},
-    # With losses that are means over pixels, about 0.01, Chou et al.'s constants leave k at 0 for thousands of steps and
-    # the adversarial term a millionth of the loss. The remedies: k by sums over a map, and a term that can be felt.
+    # With losses that are means over pixels, about 0.01, Chou et al.'s constants leave k at 0 for thousands of steps
+    # and the adversarial term at 1e-4 of the loss. Remedies: k by sums over a map, and a term that can be felt.
     "adversary": {
         "constants of Chou et al.": {},
         "k by sums": {"balance.step": 0.5},
