@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t kMostBytesPerThread = 4 << 20;
 // Per core, of the processors this is for: 1 to 2 MiB on servers. Only the order of work depends on it.
 constexpr int64_t kL2Bytes = 2 << 20;
+constexpr int64_t kL2ForTwoBags = kL2Bytes * 3 / 4;
 // Small bags are handed out in groups of about this size, so that handing out costs nothing.
 constexpr int64_t kLeastBytesPerTask = 64 << 10;
 
@@ -112,6 +113,7 @@ class Plan {
             for (size_t group; (group = next++) < groups_.size();) {
                 for (int64_t b = groups_[group].begin; b < groups_[group].end; ++b) {
                     prepare(*current, b);
+                    if (!backward_ && b + 1 < groups_[group].end) fetch_beside(current->bag, b + 1);
                     whole(current->bag, before ? &before->bag : nullptr, stage.get());
                     before = current;
                     current = current == &slots[0] ? &slots[1] : &slots[0];
@@ -124,7 +126,7 @@ class Plan {
     // What to write of the bag before while `passes` passes go over `bag`: nothing if they don't fit the L2 cache
     // together.
     static Beside beside(const BagWork& bag, BagWork* before, int passes) {
-        if (!before || !bag.m || bag.bytes() + before->bytes() > kL2Bytes * 3 / 4) return {nullptr, 0};
+        if (!before || !bag.m || bag.bytes() + before->bytes() > kL2ForTwoBags) return {nullptr, 0};
         const int64_t blocks = passes * ((bag.m + kBlock - 1) / kBlock);
         return {before, ((before->m - before->written + kBlock - 1) / kBlock + blocks - 1) / blocks};
     }
@@ -192,11 +194,27 @@ class Plan {
 
         const int64_t vectors = BagWork::num_vectors(bag.T) * bag.Dp * acc_;
         const int64_t partials = bag.chunks * (kBlock + bag.Dp) * acc_;
-        const int64_t scratch = vectors + partials + (backward_ ? 2 * (bag.T - 1) * bag.m * acc_ : 0);
+        // Rows that can't be used in place are copied in the first pass; where the copy stays in the L2 cache it serves
+        // the others too.
+        const bool in_place = size == acc_ && bag.D == bag.Dp;
+        const int64_t copy = in_place || bag.T == 1 || bag.bytes() > kL2ForTwoBags / 2 ? 0 : bag.m * bag.Dp * acc_;
+        const int64_t scratch = vectors + partials + copy + (backward_ ? 2 * (bag.T - 1) * bag.m * acc_ : 0);
         if (scratch > slot.scratch_size) slot.scratch = allocate(slot.scratch_size = scratch);
         bag.vectors = slot.scratch.get();
         bag.partials = slot.scratch.get() + vectors;
-        bag.coefficients = slot.scratch.get() + vectors + partials;
+        bag.copy = copy ? slot.scratch.get() + vectors + partials : nullptr;
+        bag.coefficients = slot.scratch.get() + vectors + partials + copy;
+    }
+    // Lets the passes over `bag` after the first fetch bag `next`, unless the two don't fit the L2 cache together.
+    void fetch_beside(BagWork& bag, int64_t next) const {
+        const int64_t rows = bags_.lengths ? bags_.lengths[next] : rows_in_memory(next);
+        const int64_t bytes = rows * bags_.row_stride * size_of(bags_.dtype);
+        if (bag.T == 1 || bag.m == 0 || bag.bytes() + bytes > kL2ForTwoBags) return;
+        const int64_t start = bags_.offsets ? bags_.offsets[next] * bags_.row_stride : next * bags_.bag_stride;
+        bag.fetch = static_cast<const char*>(bags_.instances) + start * size_of(bags_.dtype);
+        bag.fetch_end = bag.fetch + bytes;
+        const int64_t blocks = (bag.T - 1) * ((bag.m + kBlock - 1) / kBlock);
+        bag.fetch_bytes = (bytes / blocks / kFetchStride + 1) * kFetchStride;
     }
     Buffer make_stage() const {
         const int64_t row = prototype_.Dp * acc_;

@@ -39,6 +39,29 @@ amil::Bags make_bags(uintptr_t instances, int dtype, int64_t B, int64_t N, int64
             num_threads};
 }
 
+// One call from Python each: the bags as in make_bags, then the results' or the arguments' addresses.
+void adjust_pool_forward(uintptr_t instances, int dtype, int64_t B, int64_t N, int64_t D, int64_t bag_stride,
+                         int64_t row_stride, uintptr_t offsets, uintptr_t lengths, uintptr_t mask, int T,
+                         int num_threads, uintptr_t bag, uintptr_t weights, uintptr_t sigma, uintptr_t lse) {
+    const py::gil_scoped_release release;
+    const amil::Bags bags =
+        make_bags(instances, dtype, B, N, D, bag_stride, row_stride, offsets, lengths, mask, T, num_threads);
+    amil::adjust_pool_forward(bags,
+                              {pointer<void>(bag), pointer<void>(weights), pointer<void>(sigma), pointer<void>(lse)});
+}
+
+void adjust_pool_backward(uintptr_t instances, int dtype, int64_t B, int64_t N, int64_t D, int64_t bag_stride,
+                          int64_t row_stride, uintptr_t offsets, uintptr_t lengths, uintptr_t mask, int T,
+                          int num_threads, uintptr_t grad_bag, uintptr_t grad_weights, uintptr_t sigma, uintptr_t lse,
+                          bool detach_routing, uintptr_t grad_instances) {
+    const py::gil_scoped_release release;
+    const amil::Bags bags =
+        make_bags(instances, dtype, B, N, D, bag_stride, row_stride, offsets, lengths, mask, T, num_threads);
+    amil::adjust_pool_backward(
+        bags, {pointer<const void>(grad_bag), pointer<const void>(grad_weights), pointer<const void>(sigma),
+               pointer<const void>(lse), detach_routing, pointer<void>(grad_instances)});
+}
+
 // A call's description with the array it points into.
 struct DecodeCall {
     std::vector<int64_t> swap;
@@ -91,20 +114,8 @@ PYBIND11_MODULE(_C, m) {
         .def_buffer([](amil::PageBlock& block) {
             return py::buffer_info(block.data(), 1, py::format_descriptor<uint8_t>::format(), block.size());
         });
-    py::class_<amil::Bags>(m, "Bags").def(py::init(&make_bags));
-    m.def("adjust_pool_forward",
-          [](const amil::Bags& bags, uintptr_t bag, uintptr_t weights, uintptr_t sigma, uintptr_t lse) {
-              py::gil_scoped_release release;
-              amil::adjust_pool_forward(
-                  bags, {pointer<void>(bag), pointer<void>(weights), pointer<void>(sigma), pointer<void>(lse)});
-          });
-    m.def("adjust_pool_backward", [](const amil::Bags& bags, uintptr_t grad_bag, uintptr_t grad_weights,
-                                     uintptr_t sigma, uintptr_t lse, bool detach_routing, uintptr_t grad_instances) {
-        py::gil_scoped_release release;
-        amil::adjust_pool_backward(
-            bags, {pointer<const void>(grad_bag), pointer<const void>(grad_weights), pointer<const void>(sigma),
-                   pointer<const void>(lse), detach_routing, pointer<void>(grad_instances)});
-    });
+    m.def("adjust_pool_forward", &adjust_pool_forward);
+    m.def("adjust_pool_backward", &adjust_pool_backward);
 
     py::class_<DecodeCall>(m, "DecodeCall").def(py::init(&make_decode_call));
     m.def("decode_heatmaps_cpu", [](const DecodeCall& made, int num_threads) {

@@ -13,7 +13,7 @@ _PAGE_BLOCK_BYTES = 4 << 20
 
 
 def _bags(instances, mask, lengths, cu_seqlens, num_iters):
-    """The C++ description of a call's bags, and the tensors it points into."""
+    """The first arguments of both C++ functions, and the tensors that they point into."""
     if instances.stride(-1) != 1 and instances.shape[-1] > 1:
         instances = instances.contiguous()
     offsets = _int64(cu_seqlens)
@@ -23,7 +23,7 @@ def _bags(instances, mask, lengths, cu_seqlens, num_iters):
         bags, longest, bag_stride = cu_seqlens.shape[0] - 1, 0, 0
     else:
         bags, longest, bag_stride = instances.shape[0], instances.shape[1], instances.stride(0)
-    described = native().Bags(
+    described = (
         instances.data_ptr(),
         DTYPE_CODES[instances.dtype],
         bags,
@@ -51,7 +51,7 @@ def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights):
     lse = instances.new_empty(bags, num_iters, dtype=dtype)
     described, kept_alive = _bags(instances, mask, lengths, cu_seqlens, num_iters)
     native().adjust_pool_forward(
-        described, bag.data_ptr(), weights.data_ptr() if return_weights else 0, sigma.data_ptr(), lse.data_ptr()
+        *described, bag.data_ptr(), weights.data_ptr() if return_weights else 0, sigma.data_ptr(), lse.data_ptr()
     )
     del kept_alive
     return bag, weights, sigma, lse
@@ -65,7 +65,7 @@ def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma
     grad_instances = _empty(instances.shape, instances.dtype)
     described, kept_alive = _bags(instances, mask, lengths, cu_seqlens, sigma.shape[1])
     native().adjust_pool_backward(
-        described,
+        *described,
         _address(grad_bag),
         _address(grad_weights),
         sigma.data_ptr(),

@@ -21,6 +21,11 @@ A dot(const A* a, const A* b, int64_t Dp) {
 }
 
 template <class A>
+void scale(A* v, A factor, int64_t Dp) {
+    for (int64_t d = 0; d < Dp; d += kWidth<A>) store(v + d, load(v + d) * factor);
+}
+
+template <class A>
 void fill(A* out, A value, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = value;
 }
@@ -63,8 +68,10 @@ struct Block {
             const In* row = f + i * bag.row_stride;
             if (in_place) {
                 rows[r] = reinterpret_cast<const A*>(row);
+            } else if (bag.copied) {
+                rows[r] = static_cast<const A*>(bag.copy) + (first + r) * bag.Dp;
             } else {
-                A* copy = stage + r * bag.Dp;
+                A* copy = bag.copy ? static_cast<A*>(bag.copy) + (first + r) * bag.Dp : stage + r * bag.Dp;
                 read_vector(row, copy, bag);
                 rows[r] = copy;
             }
@@ -102,6 +109,13 @@ struct PerRow {
         PerRow result;
         for (int k = 0; k < kVectors; ++k) result.v[k] = exp_vector(v[k] - shift);
         return result;
+    }
+    A maximum() const {
+        A all[kBlock];
+        to(all);
+        A highest = all[0];
+        for (int k = 1; k < kBlock; ++k) highest = all[k] > highest ? all[k] : highest;
+        return highest;
     }
     bool any_above(A value) const {
         bool any = false;
@@ -176,7 +190,7 @@ struct Scratch {
     A* sum() const { return vector(2 * bag.T - 1); }
     A* spare() const { return vector(2 * bag.T); }
 
-    // maximum, sum, then at kBlock the weighted sum of rows
+    // reference, sum, then at kBlock the weighted sum of rows
     A* partial(int64_t chunk) const { return static_cast<A*>(bag.partials) + chunk * (kBlock + bag.Dp); }
     A* w(int t) const { return static_cast<A*>(bag.coefficients) + 2 * (t - 2) * bag.m; }  // t = 2 .. T
     A* beta(int t) const { return w(t) + bag.m; }
@@ -207,6 +221,17 @@ void for_each_row(const BagWork& bag, int64_t chunk, Visit visit) {
 
 // ---- forward ----
 
+// Logits may be above what their exponentials are taken relative to by this much, about 10^7, before the sums are
+// rescaled: with the running maximum itself every other block of a small bag would rescale, and be mispredicted.
+template <class A>
+constexpr A kHeadroom = 16;
+
+inline void fetch_next_bag(BagWork& bag) {
+    if (bag.fetch >= bag.fetch_end) return;
+    const char* const end = bag.fetch + bag.fetch_bytes;
+    for (; bag.fetch < end; bag.fetch += kFetchStride) __builtin_prefetch(bag.fetch, 0, 2);
+}
+
 template <class In, class A>
 void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
     const Scratch<A> scratch{bag};
@@ -224,7 +249,7 @@ void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
     }
     A* logits = t == bag.T ? static_cast<A*>(bag.weights) : nullptr;
     const A* S = scratch.S(t - 1);
-    A maximum = -kInfinity<A>;
+    A reference = -kInfinity<A>, highest = reference;  // exponentials are of logits less reference
     Vec<A> sums{};
     for (int64_t r = chunk_begin(bag, chunk); r < end; r += kBlock) {
         const Block<In, A> block(bag, r, end, stage);
@@ -236,23 +261,23 @@ void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
             b.to(w);
             for (int k = 0; k < block.n; ++k) logits[bag.index ? bag.index[r + k] : r + k] = w[k];
         }
-        if (b.any_above(maximum)) {
-            b.to(w);
-            A higher = maximum;
-            for (int k = 0; k < kBlock; ++k) higher = w[k] > higher ? w[k] : higher;
-            if (maximum > -kInfinity<A>) {
-                const A factor = exp_vector(Vec<A>{} + (maximum - higher))[0];
+        if (b.any_above(highest)) {
+            const A maximum = b.maximum();
+            if (reference > -kInfinity<A>) {
+                const A factor = exp_vector(Vec<A>{} + (reference - maximum))[0];
                 sums *= factor;
-                for (int64_t d = 0; d < bag.Dp; ++d) acc[d] *= factor;
+                scale(acc, factor, bag.Dp);
             }
-            maximum = higher;
+            reference = maximum;
+            highest = maximum + kHeadroom<A>;
         }
-        b = b.exp_minus(maximum);
+        b = b.exp_minus(reference);
         for (int k = 0; k < b.kVectors; ++k) sums += b.v[k];
         b.to(w);
+        fetch_next_bag(bag);
         block_sum<true, A>(block.rows, w, acc, bag.Dp);
     }
-    partial[0] = maximum;
+    partial[0] = reference;
     partial[1] = sum_lanes<A>(sums);
 }
 
@@ -260,6 +285,7 @@ template <class In, class A>
 void forward_merge(BagWork& bag, int t) {
     const Scratch<A> scratch{bag};
     A* sigma = scratch.spare();
+    bag.copied = bag.copy;
     fill(sigma, A(0), bag.Dp);
     if (t == 1) {
         for (int64_t k = 0; k < bag.chunks && bag.m; ++k) {
@@ -386,6 +412,7 @@ void backward_weights_merge(BagWork& bag) {
     A sum = 0;
     for (int64_t k = 0; k < bag.chunks; ++k) sum += Scratch<A>{bag}.partial(k)[0];
     bag.weights_dot = sum;
+    bag.copied = bag.copy;
 }
 
 // The sum over pairs of coefficient and vector in dL/df, for the rows of one block:
@@ -525,6 +552,7 @@ void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage, Beside besi
 template <class A>
 void backward_merge(BagWork& bag, int t) {
     const Scratch<A> scratch{bag};
+    bag.copied = bag.copy;
     A* sum = scratch.sum();
     for (int64_t k = 0; k < bag.chunks; ++k) {
         const A* acc = scratch.partial(k) + kBlock;

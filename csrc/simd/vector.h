@@ -110,7 +110,7 @@ inline void fold_all(Vec<A>* v) {
     }
 }
 
-// exp for x <= about 0, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
+// exp for x < 88, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
 // Below the smallest normal number it is 0; NaN stays NaN.
 inline Vec<float> exp_vector(Vec<float> x) {
     const Vec<float> n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds to the nearest integer
