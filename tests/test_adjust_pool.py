@@ -146,6 +146,16 @@ def test_cpp_against_reference(instruction_set, dtype, size):
         _compare(packed, "packed", {"cu_seqlens": cu_seqlens.to(index_dtype)})
 
 
+@pytest.mark.parametrize("rise", [10.0, 40.0])
+def test_cpp_logits_that_rise_along_a_bag(instruction_set, rise):
+    """A later block's logits lie above the first's by less and by more than what makes the kernel rescale its sums."""
+    N, D = 100, 16
+    direction = torch.ones(D, dtype=torch.float64) / D**0.5
+    heights = torch.linspace(0, rise, N, dtype=torch.float64)
+    x = random_bags(2, N, D) + torch.stack([heights, heights.flip(0)])[..., None] * direction
+    _compare(x.float(), f"{rise=}", {"num_iters": 3})
+
+
 def _compare(x, what, options):
     for with_weights in (False, True):
         actual = pool_and_grad(x, with_weights=with_weights, backend="cpp", **options)
