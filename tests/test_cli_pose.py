@@ -84,6 +84,11 @@ def test_evaluate_a_network(tmp_path):
     content = json.loads((tmp_path / "s.json").read_text())
     assert "3 people" in out and "images/s" in out and content["images_per_second"] > 0
     assert content["PCK@0.05"]["mean"] == 100  # sub-pixel exact, mirror averaging included
+    # Around the joints found: the dots are larger there, their middles the same up to a few pixels.
+    assert "3 people" in amil(*arguments, "--passes", 2)
+    assert json.loads((tmp_path / "s.json").read_text())["PCK@0.2"]["mean"] == 100
+    out = amil(*arguments, "--passes", 2, "--crop", "joints", code=2)
+    assert "passes: more than one is for whole images" in out
     make.coco(tmp_path / "coco")
     out = amil(*arguments[:3], "--dataset", "coco", "--root", tmp_path / "coco", code=2)
     assert "the network finds lsp14, the data set has coco17" in out
@@ -92,7 +97,7 @@ def test_evaluate_a_network(tmp_path):
 def test_what_predict_writes_evaluate_reads(tmp_path):
     small_lsp(tmp_path / "lsp")
     out = tmp_path / "out"
-    text = amil("predict", tmp_path / "lsp/images", "--model", "color_finder:build", "--out", out)
+    text = amil("predict", tmp_path / "lsp/images", "--model", "color_finder:build", "--out", out, "--passes", 1)
     assert "6 images, 6 people" in text and "images/s" in text and "0 unreadable" in text
     arguments = ["--dataset", "lsp", "--root", tmp_path / "lsp", "--split", "all", "--json", tmp_path / "s.json", "-q"]
     assert amil("evaluate", "--predictions", out / "predictions.json", *arguments) == ""

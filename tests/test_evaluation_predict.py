@@ -277,3 +277,29 @@ def test_no_input(tmp_path):
         predict(predictor, [tmp_path / "empty"], tmp_path / "out")
     with pytest.raises(DataError, match=r"boxes.json: there is no such file"):
         predict(predictor, [tmp_path / "empty"], tmp_path / "out", boxes=tmp_path / "boxes.json")
+
+
+@pytest.mark.parametrize(("score", "looks"), [(0.9, 2), (0.1, 1)])
+def test_a_second_look_at_what_was_found(tmp_path, score, looks):
+    """The second crop lies around the joints of the first look, with a margin; without enough of them there is none."""
+    seen = []
+    joints = np.full((14, 2), 40.0)
+    joints[3], joints[5] = (30, 20), (50, 60)  # 20 x 40 pixels, edges at 29.5 and 19.5
+
+    class Fixed:
+        size, skeleton = 64, LSP14
+
+        def __call__(self, images, to_image):
+            seen.append(to_image.numpy())
+            return torch.tensor(joints)[None].float(), torch.full((1, 14), score)
+
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((100, 80, 3), np.uint8))
+    predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2)
+    assert len(seen) == looks
+    np.testing.assert_allclose(seen[0][0], crop_matrix((0, 0, 80, 100), 64), rtol=1e-6)
+    if looks == 2:
+        np.testing.assert_allclose(seen[1][0], crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert rows[0]["bbox"] == [0, 0, 80, 100]
+    with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
+        predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=0)

@@ -40,6 +40,10 @@ _Size = Annotated[int | None, typer.Option(min=16, help="Side of its crops in pi
 _Batch = Annotated[int, typer.Option(min=1, help="Crops the network sees at once.")]
 _Mirror = Annotated[bool, typer.Option(help="Average with the heatmaps of the mirror image.")]
 _Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]
+_Passes = Annotated[
+    int,
+    typer.Option(min=1, help="Looks at a whole image; from the second on at a crop around the joints found before."),
+]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
 
 
@@ -82,6 +86,7 @@ def evaluate(
     batch_size: _Batch = 32,
     mirror: _Mirror = True,
     refine: _Refine = "dark",
+    passes: _Passes = 1,
     device: _Device = None,
     json_file: _Json = None,
     quiet: _Quiet = False,
@@ -123,7 +128,7 @@ def evaluate(
             found = read_predictions(predictions, truth)
         else:
             predictor = _predictor(checkpoint, model, skeleton, size, mirror, refine, device)
-            found, extra = _run(predictor, people, batch_size, console, quiet)
+            found, extra = _run(predictor, people, batch_size, passes, console, quiet)
         two = pair if "," not in pair else tuple(joint.strip() for joint in pair.split(",", 1))
         result = score(found, truth, metric=metric, pair=two, either=either)
     if not result.summary["samples"]:
@@ -153,6 +158,7 @@ def predict(
     batch_size: _Batch = 16,
     mirror: _Mirror = True,
     refine: _Refine = "dark",
+    passes: _Passes = 2,
     overlays: Annotated[bool, typer.Option(help="Write pictures and videos with the poses over them.")] = True,
     min_score: Annotated[float, typer.Option(help="Joints below this score are not drawn.")] = 0.1,
     device: _Device = None,
@@ -188,6 +194,7 @@ def predict(
             batch_size=batch_size,
             overlays=overlays,
             min_score=min_score,
+            passes=passes,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             on_problem=lambda text: errors.print(f"unreadable: {text}", markup=False, highlight=False),
         )
@@ -403,25 +410,35 @@ def _predictor(checkpoint, model, skeleton, size, mirror, refine, device):
     return Predictor(network, skeleton=skeleton, size=size, mirror=mirror, refine=refine, device=device)
 
 
-def _run(predictor, people, batch_size, console, quiet):
+def _run(predictor, people, batch_size, passes, console, quiet):
     """Predictions of a network for all people of a data set, and how fast they came."""
-    import torch
+    import dataclasses
+
+    import numpy as np
 
     from amil_fast.data.dataset import PoseDataset
     from amil_fast.data.loader import PoseLoader
+    from amil_fast.evaluation.predict import boxes_of
 
     if predictor.skeleton is not people.skeleton:
         raise ValueError(f"the network finds {predictor.skeleton.name}, the data set has {people.skeleton.name}")
-    loader = PoseLoader(PoseDataset(people, predictor.size), batch_size, shuffle=False)
-    found, began = [], time.perf_counter()
+    if passes > 1 and not np.isnan(people.boxes).all():
+        raise ValueError("passes: more than one is for whole images (--crop image), these people have boxes")
+    began = time.perf_counter()
     with _progress(console, quiet) as progress:
-        task = progress.add_task("crops", total=len(people))
-        for batch in loader:
-            found.append(predictor(batch["image"], batch["to_image"])[0])
-            progress.advance(task, len(batch["index"]))
+        task = progress.add_task("crops", total=passes * len(people))
+        for _ in range(passes):
+            coords, scores = [], []
+            for batch in PoseLoader(PoseDataset(people, predictor.size), batch_size, shuffle=False):
+                found = predictor(batch["image"], batch["to_image"])
+                coords.append(found[0].numpy())
+                scores.append(found[1].numpy())
+                progress.advance(task, len(batch["index"]))
+            coords = np.concatenate(coords)
+            people = dataclasses.replace(people, boxes=boxes_of(coords, np.concatenate(scores)))
     rate = len(people) / (time.perf_counter() - began)
     console.print(f"{rate:.1f} images/s", highlight=False)
-    return torch.cat(found).numpy(), {"images_per_second": rate}
+    return coords, {"images_per_second": rate}
 
 
 def _score_table(summary):

@@ -17,11 +17,13 @@ import torch
 from amil_fast.data.augment import warp_crop
 from amil_fast.data.errors import DataError
 from amil_fast.data.files import read_image
-from amil_fast.data.geometry import crop_matrix
+from amil_fast.data.geometry import crop_matrix, joints_box
 from amil_fast.data.video import Boxes, VideoFrames, find_inputs, is_video
 from amil_fast.evaluation.drawing import draw_box, draw_pose
 
 _BOX_MARGIN = 1.25
+# Joints above this score say where the person is, if there are so many of them.
+_SURE, _ENOUGH = 0.2, 4
 
 
 @dataclass
@@ -70,6 +72,7 @@ def predict(
     overlays=True,
     min_score=0.1,
     margin=None,
+    passes=1,
     on_progress=None,
     on_problem=None,
 ):
@@ -85,6 +88,8 @@ def predict(
         overlays: write pictures and videos with the poses over them.
         min_score: joints below it are not drawn (they are in the results all the same).
         margin: side of the crop in units of the box's longer side; by default 1.25, and 1 for whole images.
+        passes: how often the network looks at a whole image: from the second time on at a crop around the joints it
+            found. Where boxes are given it looks once.
         on_progress: called with (pictures done, pictures in all or None where a video doesn't say).
         on_problem: called with a text for everything that can't be read; the rest goes on.
 
@@ -96,6 +101,8 @@ def predict(
         DataError: an input that isn't there or of no known kind, no input at all, a bad file of boxes, an overlay that
             would overwrite its input.
     """
+    if passes < 1:
+        raise ValueError(f"passes: expected at least 1, got {passes}")
     table = Boxes(boxes)
     out = Path(out)
     # What an earlier run left in a folder inside an input folder is no input.
@@ -120,25 +127,33 @@ def predict(
         if on_problem:
             on_problem(text)
 
+    def look(run):
+        """The network on the crops of some pictures."""
+        start = time.perf_counter()
+        images = torch.from_numpy(np.concatenate([picture.crops for picture in run]))
+        matrices = torch.from_numpy(np.concatenate([picture.matrices for picture in run]))
+        coords, scores = [], []
+        for part in torch.arange(len(images)).split(batch_size):
+            one, other = predictor(images[part], matrices[part])
+            coords.append(one.numpy())
+            scores.append(other.numpy())
+        coords, scores = np.concatenate(coords), np.concatenate(scores)
+        report.network_seconds += time.perf_counter() - start
+        at = 0
+        for picture in run:
+            n = len(picture.crops)
+            picture.coords, picture.scores = coords[at : at + n], scores[at : at + n]
+            at += n
+
     def finish():
         """Runs the network over what is waiting and writes it, in order."""
         run = [picture for picture in waiting if picture.crops is not None and len(picture.crops)]
         if run:
-            start = time.perf_counter()
-            images = torch.from_numpy(np.concatenate([picture.crops for picture in run]))
-            matrices = torch.from_numpy(np.concatenate([picture.matrices for picture in run]))
-            coords, scores = [], []
-            for part in torch.arange(len(images)).split(batch_size):
-                one, other = predictor(images[part], matrices[part])
-                coords.append(one.numpy())
-                scores.append(other.numpy())
-            coords, scores = np.concatenate(coords), np.concatenate(scores)
-            report.network_seconds += time.perf_counter() - start
-            at = 0
-            for picture in run:
-                n = len(picture.crops)
-                picture.coords, picture.scores = coords[at : at + n], scores[at : at + n]
-                at += n
+            look(run)
+        for _ in range(passes - 1 if boxes is None else 0):
+            run = [picture for picture in run if _zoom(picture, predictor.size)]
+            if run:
+                look(run)
         while waiting:
             picture = waiting.popleft()
             if picture.error:
@@ -172,6 +187,33 @@ def predict(
     report.written.append(results)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def boxes_of(coords, scores):
+    """Boxes (x, y, width, height) around what was found of people, ``(N, 4)``, with room for hands, feet and hair; NaN
+    where too little was found.
+
+    Args:
+        coords: ``(N, K, 2)``; scores: ``(N, K)``.
+    """
+    found = np.full((len(coords), 4), np.nan)
+    for i, (joints, score) in enumerate(zip(coords, scores, strict=True)):
+        sure = (score >= _SURE) & np.isfinite(joints).all(-1)
+        if sure.sum() >= _ENOUGH:
+            x, y, w, h = joints_box(joints, sure, least=8)
+            more = (_BOX_MARGIN - 1) * max(w, h) / 2
+            found[i] = x - more, y - more, w + 2 * more, h + 2 * more
+    return found
+
+
+def _zoom(picture, size):
+    """Crops a whole image again around what was found in it; False where that was too little."""
+    boxes = boxes_of(picture.coords, picture.scores)
+    if not np.isfinite(boxes).all():
+        return False
+    picture.matrices = np.stack([crop_matrix(box, size) for box in boxes])
+    picture.crops = np.stack([warp_crop(picture.image, matrix, size) for matrix in picture.matrices])
+    return True
 
 
 def write_whole(path, data):
