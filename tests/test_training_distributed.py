@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import TINY, quiet_console
+from training_runs import TINY, data_with_gaps, quiet_console
 
-from amil_fast.training import checkpoints
+from amil_fast.training import checkpoints, pose
 from amil_fast.training.pose import PoseTraining
 
 HERE = Path(__file__).parent
 # Seven people, four in a batch: with two processes the sampler has one to spare, which nobody must see. Joints without
-# annotation are spread unevenly: crops turned at any angle lose some at the border.
+# annotation are spread unevenly over the crops.
 SETTINGS = {
     "data.drawn": 7,
     "data.drawn_validation": 5,
@@ -54,7 +54,8 @@ def two(tmp_path_factory):
     return out
 
 
-def test_same_samples_same_losses(two, tmp_path):
+def test_same_samples_same_losses(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(pose, "training_data", data_with_gaps)
     one = PoseTraining(TINY.override(SETTINGS), tmp_path, quiet_console())
     losses, step = [], one._step
 
@@ -68,19 +69,19 @@ def test_same_samples_same_losses(two, tmp_path):
     assert len(losses) == len(ranks[0]["losses"]) == 4
     valid = [int(one.data.training[epoch, i]["valid"].sum()) for epoch in range(4) for i in losses[epoch][0]]
     assert len(set(valid)) > 1, "all crops have the same joints: a mean over each process's joints would do"
-    for number, (indices, values) in enumerate(losses):
+    # The first step is the same up to rounding, of which Adam makes more with every step: it divides small gradients
+    # by their size.
+    for number, ((indices, values), tolerance) in enumerate(zip(losses, (2e-5, 5e-3, 2e-2, 2e-2), strict=True)):
         shares = [rank["losses"][number] for rank in ranks]
         assert sorted(shares[0][0] + shares[1][0]) == sorted(indices)
         assert not set(shares[0][0]) & set(shares[1][0])
         assert shares[0][1] == shares[1][1], "the processes disagree"
-        # The first step is the same up to rounding; Adam makes more of it with every step.
-        assert shares[0][1] == pytest.approx(values, rel=2e-5 * 10**number, abs=1e-9)
+        assert shares[0][1] == pytest.approx(values, rel=tolerance, abs=1e-9)
     assert torch.equal(torch.load(two / "weights0.pt"), torch.load(two / "weights1.pt"))
     # Validation saw each of the five once.
     assert ranks[0]["summary"]["validation"]["samples"] == summary["validation"]["samples"] == 5
     assert ranks[1]["summary"] is None
-    counted = [s["validation"]["counted"] for s in (ranks[0]["summary"], summary)] if "counted" in summary else []
-    assert len(counted) in (0, 2)
+    assert ranks[0]["summary"]["validation"]["counted"] == summary["validation"]["counted"]
     # One process writes; the state goes on where it was.
     assert checkpoints.load_state(two / "run" / "last")[1]["step"] == 4
     assert len((two / "run" / "history.jsonl").read_text().splitlines()) == 4

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from training_runs import TINY, quiet_console
 
 from amil_fast import decode_heatmaps
-from amil_fast.data import DrawnFigures, load_lspet, pack
+from amil_fast.data import SPORTS, DrawnFigures, load_lspet, pack
 from amil_fast.data.geometry import heatmap_to_image
 from amil_fast.evaluation.predictor import load_model
 from amil_fast.training import checkpoints, pose
@@ -76,7 +76,7 @@ def test_packed_and_device_side_augmentation(tmp_path):
     config = TINY.override(settings)
     data = training_data(config)
     assert [sample.annotations.ids for sample in (data.training, data.validation)] == [list(range(1, 8)), [8, 9]]
-    assert data.validation.augmentation is None and data.training.augmentation.any_rotation == 0.5
+    assert data.validation.augmentation is None and data.training.augmentation is SPORTS
     run = PoseTraining(config, tmp_path / "run", quiet_console())
     there = next(iter(run.loader))
     run.data = training_data(config, on_device=True)
@@ -144,24 +144,26 @@ def test_a_whole_run(tmp_path):
 
 
 def test_it_learns(tmp_path):
-    """Eight figures by heart, in the average of the weights: all but a few joints."""
+    """Two figures by heart: far below the error of empty heatmaps, at which training starts."""
     run = training(
         tmp_path,
+        discriminator=None,
+        loss__mil=0,
         generator__features=32,
-        data__drawn=8,
-        data__batch_size=8,
-        schedule__epochs=150,
-        run__evaluate_every=150,
-        run__overlays=0,
-        optimizer__lr=5e-3,
-        run__mirror=False,
+        generator__pooling="none",
+        data__drawn=2,
+        data__batch_size=2,
+        data__heatmap_std=1.5,
+        data__drawn_validation=0,
+        optimizer__lr=3e-3,
+        schedule__epochs=100,
     )
-    run.data.validation = run.data.training
-    run.validation_loader.dataset.__dict__.update(run.data.training.__dict__)
-    run.validation_loader.sampler.size = 8
-    summary = run.run()
-    assert summary["best"]["score"] > 80
-    assert history(tmp_path)[-1]["heatmap"] < 0.4 * history(tmp_path)[0]["heatmap"]
+    run._save_generator = lambda *_: None  # a hundred epochs of two figures: nothing worth keeping
+    _, target, valid = run._prepare_batch(next(iter(run.loader)))
+    empty = float(pose.heatmap_loss(torch.zeros_like(target), target, valid))
+    run.run()
+    losses = [row["heatmap"] for row in history(tmp_path)]
+    assert losses[0] > 0.8 * empty and losses[-1] < 0.85 * empty
 
 
 def test_moving_average(tmp_path):

@@ -1,7 +1,9 @@
 """What the tests of training share: a run so small that a step takes milliseconds."""
 
+import dataclasses
 import io
 
+import torch
 from rich.console import Console
 
 from amil_fast.training.config import (
@@ -14,6 +16,7 @@ from amil_fast.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from amil_fast.training.pose_data import training_data
 
 TINY = TrainConfig(
     generator=GeneratorConfig(backbone="hourglass1", features=16, blocks=1, depth=2),
@@ -26,6 +29,27 @@ TINY = TrainConfig(
     schedule=ScheduleConfig(epochs=3, kind="cosine", warmup=1.0),
     run=RunConfig(device="cpu", threads=1, evaluate_every=2, log_every=2, overlays=2, tensorboard=False, ema_decay=0.9),
 )
+
+
+class WithGaps(torch.utils.data.Dataset):
+    """A pose data set in which some joints are not annotated, in every crop others."""
+
+    def __init__(self, dataset):
+        self.dataset, self.skeleton = dataset, dataset.skeleton
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        sample = self.dataset[key]
+        sample["valid"][: 1 + 2 * int(sample["index"]) % 11] = False
+        return sample
+
+
+def data_with_gaps(config, **options):
+    """As ``training_data``."""
+    data = training_data(config, **options)
+    return dataclasses.replace(data, training=WithGaps(data.training))
 
 
 def quiet_console():

@@ -5,13 +5,15 @@ import sys
 from pathlib import Path
 
 import torch
-from training_runs import TINY, quiet_console
+from training_runs import TINY, data_with_gaps, quiet_console
 
+from amil_fast.training import pose
 from amil_fast.training.distributed import SyncedBatchNorm2d, synchronize_batch_norm
 from amil_fast.training.pose import PoseTraining
 
 out = Path(sys.argv[1])
 settings = json.loads((out / "settings.json").read_text())
+pose.training_data = data_with_gaps
 run = PoseTraining(TINY.override(settings), out / "run", quiet_console())
 assert run.world == 2, f"torchrun started {run.world}"
 rank = run.accelerator.process_index
