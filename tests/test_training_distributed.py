@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_runs import TINY, data_with_gaps, quiet_console
 
+import amil_fast
 from amil_fast.training import checkpoints, pose
 from amil_fast.training.pose import PoseTraining
 
@@ -42,7 +43,13 @@ def two(tmp_path_factory):
     x = torch.randn(6, 3, 5, 4).double() * 3 + 10
     torch.save({"x": x, "upstream": torch.randn(x.shape).double(), "before": layer.state_dict()}, out / "norm.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    paths = [str(HERE), str(Path(amil_fast.__file__).parents[1])]  # the very package that is tested here
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
         [*command, str(HERE / "two_processes.py"), str(out)],
         env=environment,
