@@ -133,7 +133,7 @@ def load_model(checkpoint=None, factory=None):
             raise ValueError(f"{path}: there is no such checkpoint")
     if factory is not None:
         return _from_factory(factory, path)
-    return PoseGenerator.from_pretrained(SHIPPED if path is None else path)
+    return PoseGenerator.from_pretrained(SHIPPED if path is None else path).to(memory_format=torch.channels_last)
 
 
 def _from_factory(factory, path):
