@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from training_runs import TINY
+from training_runs import TINY, one_thread  # noqa: F401 (one_thread is a fixture)
 from typer.testing import CliRunner
 
 from amil_fast.cli.app import app

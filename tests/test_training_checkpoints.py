@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training_runs import one_thread  # noqa: F401 (a fixture)
 
 from amil_fast.training import checkpoints
 from amil_fast.training.checkpoints import load_state, load_weights, publish, save_state

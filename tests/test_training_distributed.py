@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import TINY, data_with_gaps, quiet_console
+from training_runs import TINY, data_with_gaps, one_thread, quiet_console  # noqa: F401 (one_thread is a fixture)
 
 import amil_fast
 from amil_fast.training import checkpoints, pose

@@ -9,7 +9,7 @@ import pose_layouts as make
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import TINY, quiet_console
+from training_runs import TINY, one_thread, quiet_console  # noqa: F401 (one_thread is a fixture)
 
 from amil_fast import decode_heatmaps
 from amil_fast.data import SPORTS, DrawnFigures, load_lspet, pack
@@ -254,6 +254,26 @@ def test_low_precision(tmp_path, precision):
     run.run()
     assert seen and set(seen) == {torch.bfloat16}
     assert run.generator.state_dict()["blocks.0.score.weight"].dtype == torch.float32
+
+
+def test_a_scaled_loss_makes_the_same_step(tmp_path):
+    """What fp16 does on a GPU, here in float32: one scaler for two optimisers, gradients divided by the scale once."""
+    results = []
+    for scale in (None, 1024.0):
+        run = training(tmp_path / str(scale), optimizer__clip=0.05)
+        if scale:
+            run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        losses = []
+        for parts in zip(run.loader, strict=True):
+            run._step(parts)
+            losses.append(run._pending[-1])
+        weights = [*run.generator.parameters(), *run.discriminator.parameters()]
+        results.append((torch.stack(losses), torch.cat([p.detach().flatten() for p in weights])))
+        if scale:
+            assert run.accelerator.scaler.get_scale() == 2 * scale, "grown once in three steps, not once an optimiser"
+    (losses, weights), (scaled_losses, scaled_weights) = results
+    torch.testing.assert_close(losses, scaled_losses, rtol=1e-3, atol=1e-6)
+    assert torch.linalg.vector_norm(weights - scaled_weights) < 1e-3 * torch.linalg.vector_norm(weights)
 
 
 def test_fp16_needs_a_gpu(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -29,6 +30,15 @@ TINY = TrainConfig(
     schedule=ScheduleConfig(epochs=3, kind="cosine", warmup=1.0),
     run=RunConfig(device="cpu", threads=1, evaluate_every=2, log_every=2, overlays=2, tensorboard=False, ema_decay=0.9),
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For a module that imports it: one thread, as TINY asks for, and what there was before for those that follow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class WithGaps(torch.utils.data.Dataset):

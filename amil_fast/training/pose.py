@@ -228,13 +228,24 @@ class PoseTraining:
                         gathering.enter_context(accelerator.no_sync(model))
                 terms = terms + self._backward(*part, count, 1 / len(parts))
         terms = accelerator.reduce(terms, "mean")
+        # With fp16, two optimisers share one scaler of the loss: Accelerate's own steps would each update it, and its
+        # clipping would divide by the scale twice.
+        scaler = accelerator.scaler
+        if scaler is not None:
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer.optimizer)
         if config.optimizer.clip:
-            norm = accelerator.clip_grad_norm_(self.generator.parameters(), config.optimizer.clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.optimizer.clip)
             terms = torch.cat([terms, norm.detach().float().view(1)])
             if self.discriminator is not None:
-                accelerator.clip_grad_norm_(self.discriminator.parameters(), config.optimizer.clip)
+                torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), config.optimizer.clip)
         for optimizer in optimizers:
-            optimizer.step()
+            if scaler is not None:
+                scaler.step(optimizer.optimizer)
+            else:
+                optimizer.step()
+        if scaler is not None:
+            scaler.update()
         if self.balance is not None:
             real, fake = terms[3:5].unbind()
             self.balance.update(real, fake)
