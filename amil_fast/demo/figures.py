@@ -171,16 +171,21 @@ def photo(path=None):
     from amil_fast.data.geometry import crop_matrix
     from amil_fast.evaluation.drawing import draw_pose
 
-    if path is None:
+    portrait = path is None
+    if portrait:
         from matplotlib import get_data_path
 
         path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
     image, _ = read_image(Path(path), upright=True)
+    height, width = image.shape[:2]
     predictor = Predictor(load_model())
-    matrix = crop_matrix((0, 0, image.shape[1], image.shape[0]), predictor.size)
+    # The network knows whole people: the portrait is the upper third of one, the rest of the crop stays black.
+    side = 2.8 * height
+    box = (width / 2 - side / 2, -0.1 * height, side, side) if portrait else (0, 0, width, height)
+    matrix = crop_matrix(box, predictor.size)
     crop = warp_crop(image, matrix, predictor.size)
     coords, scores = predictor(torch.from_numpy(crop)[None], torch.from_numpy(matrix)[None])
-    return draw_pose(image, coords[0].numpy(), scores[0].numpy() >= 0.2, skeleton=predictor.skeleton)
+    return draw_pose(image, coords[0].numpy(), scores[0].numpy() >= 0.3, skeleton=predictor.skeleton)
 
 
 def _write(path, picture):
