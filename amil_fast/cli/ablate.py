@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amil_fast.cli.pose import fail
+from amil_fast.cli.common import change_config, fail, progress_bar, read_config
 
 
 def register(app):
@@ -38,7 +38,6 @@ def ablate(
 
     Example: `amil ablate --preset lspet-small --root data/lspet --out runs/levels --groups levels,routing`
     """
-    from amil_fast.cli.pose import _progress
     from amil_fast.training import ablation
     from amil_fast.training import config as configuration
 
@@ -46,16 +45,15 @@ def ablate(
     try:
         if (preset is None) == (config is None):
             raise ValueError("expected one of --preset and --config")
-        base = configuration.preset(preset) if preset else configuration.from_dict(json.loads(config.read_text()))
-        changes = {"data.root": root, "data.packed": packed, "schedule.epochs": epochs}
-        changes = {name: str(v) if isinstance(v, Path) else v for name, v in changes.items() if v is not None}
-        base = base.override(changes | dict(configuration.parse_override(text) for text in settings or ()))
+        base = configuration.preset(preset) if preset else read_config(config)
+        options = {"data.root": root, "data.packed": packed, "schedule.epochs": epochs}
+        base = change_config(base, options, settings)
         try:
             numbers = [int(seed) for seed in seeds.split(",")]
         except ValueError:
             raise ValueError(f"seeds: expected numbers with commas between, got {seeds!r}") from None
         rows = ablation.plan(base, groups.split(","), numbers)
-        with _progress(console, quiet) as progress:
+        with progress_bar(console, quiet) as progress:
             task = progress.add_task("runs", total=None)
             ablation.run(
                 rows, out, jobs=jobs, on_run=lambda done, total: progress.update(task, completed=done, total=total)

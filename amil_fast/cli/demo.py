@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from amil_fast.cli.mil import fail, progress_bar
+from amil_fast.cli.common import fail, progress_bar
 from amil_fast.demo import bags
 
 _EPOCHS = 30

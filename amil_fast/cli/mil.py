@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from amil_fast.cli.common import fail, progress_bar
 from amil_fast.data.bags import load_bags
 from amil_fast.ops import adjust_pool
 from amil_fast.training import mil_study
@@ -18,24 +18,6 @@ from amil_fast.training.mil import PAPER_SETTINGS, MilSettings, cross_validate
 
 app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: classify bags of instances.")
 _DEFAULT = MilSettings()
-
-
-def fail(message):
-    """Ends the command with exit code 2 and one message instead of a traceback."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(message)}", highlight=False)
-    raise typer.Exit(2)
-
-
-def _plain(text):
-    return str(text).replace("[", r"\[")  # no Rich markup
-
-
-def progress_bar(console, quiet):
-    """A progress bar that stays silent where output is piped or ``quiet``."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
-    )
 
 
 def write_json(path, content):
@@ -179,7 +161,10 @@ def study(
                 out / "study.json",
                 repetitions=repetitions,
                 on_cell=lambda done, total, label: progress.update(
-                    task, completed=done, total=total, description=_plain(label)
+                    task,
+                    completed=done,
+                    total=total,
+                    description=label.replace("[", r"\["),  # no Rich markup
                 ),
             )
         table = mil_study.rows(files, cells, content, repetitions)

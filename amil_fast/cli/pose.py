@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from amil_fast.cli.common import fail, progress_bar
+
 # Exit codes: 0 all done, 1 done but something was unreadable, 2 not done, 130 interrupted.
-_PARTLY, _FAILED, _INTERRUPTED = 1, 2, 130
+_PARTLY, _INTERRUPTED = 1, 130
 _LISTED = 12  # problems shown on the terminal; --json holds them all
 
 _Dataset = Annotated[
@@ -183,7 +184,7 @@ def predict(
     from amil_fast.evaluation.predict import predict as run
 
     console, errors = Console(quiet=quiet), Console(stderr=True, soft_wrap=True)
-    with _errors(), _progress(console, quiet) as progress:
+    with _errors(), progress_bar(console, quiet) as progress:
         predictor = _predictor(checkpoint, model, skeleton, size, mirror, refine, device)
         task = progress.add_task("images", total=None)
         report = run(
@@ -253,7 +254,7 @@ def pack(
     console = Console(quiet=quiet)
     if dataset is None:
         fail("expected --dataset and --root")
-    with _errors(), _progress(console, quiet) as progress:
+    with _errors(), progress_bar(console, quiet) as progress:
         people = _people(dataset, root, split, skip_bad, training=True, **_crop_option(dataset, crop))
         task = progress.add_task("crops", total=len(people))
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -326,12 +327,6 @@ def show(
     _written(console, out)
 
 
-def fail(message):
-    """Ends the command with exit code 2 and one message instead of a traceback."""
-    Console(stderr=True, soft_wrap=True).print(f"Error: {message}", markup=False, highlight=False, style="red")
-    raise typer.Exit(_FAILED)
-
-
 class _errors:
     """What is wrong with data, files or settings becomes one message; programming errors keep their traceback."""
 
@@ -341,13 +336,6 @@ class _errors:
     def __exit__(self, kind, error, _):
         if isinstance(error, ValueError | OSError):
             fail(error)
-
-
-def _progress(console, quiet):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
-    )
 
 
 def _written(console, path):
@@ -425,7 +413,7 @@ def _run(predictor, people, batch_size, passes, console, quiet):
     if passes > 1 and not np.isnan(people.boxes).all():
         raise ValueError("passes: more than one is for whole images (--crop image), these people have boxes")
     began = time.perf_counter()
-    with _progress(console, quiet) as progress:
+    with progress_bar(console, quiet) as progress:
         task = progress.add_task("crops", total=passes * len(people))
         for _ in range(passes):
             coords, scores = [], []

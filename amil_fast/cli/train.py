@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amil_fast.cli.pose import fail
+from amil_fast.cli.common import change_config, fail, read_config
 
 _INTERRUPTED = 130
 
@@ -59,8 +59,6 @@ def train(
 
     Example: `torchrun --nproc-per-node 2 -m amil_fast.cli train --preset lspet-small --packed lspet.pack --out two`
     """
-    import json
-
     from amil_fast.training import config as configuration
     from amil_fast.training.checkpoints import STATE, load_state
     from amil_fast.training.pose import Interrupted, NotFinite
@@ -73,12 +71,16 @@ def train(
         if resume and (out / "last" / STATE).is_file():
             chosen = configuration.from_dict(load_state(out / "last")[1]["config"])
         elif config is not None:
-            chosen = configuration.from_dict(json.loads(config.read_text(encoding="utf-8")))
+            chosen = read_config(config)
         elif preset is not None:
             chosen = configuration.preset(preset)
         else:
             chosen = configuration.TrainConfig()
-        changes = {
+        if adversarial is False:
+            chosen = chosen.override({"discriminator": None})
+        elif adversarial and chosen.discriminator is None:
+            chosen = chosen.override({"discriminator": {}})
+        options = {
             "data.dataset": dataset,
             "data.root": root,
             "data.packed": packed,
@@ -86,6 +88,7 @@ def train(
             "data.input_size": input_size,
             "data.workers": workers,
             "generator.pooling": pooling,
+            "discriminator.pooling": pooling if chosen.discriminator else None,
             "generator.blocks": blocks,
             "optimizer.lr": lr,
             "schedule.epochs": epochs,
@@ -94,15 +97,7 @@ def train(
             "run.init": init,
             "run.checkpoint_minutes": checkpoint_minutes,
         }
-        changes = {name: str(v) if isinstance(v, Path) else v for name, v in changes.items() if v is not None}
-        if adversarial is False:
-            changes["discriminator"] = None
-        elif adversarial and chosen.discriminator is None:
-            changes["discriminator"] = {}
-        if pooling is not None and adversarial is not False and (chosen.discriminator or adversarial):
-            changes["discriminator.pooling"] = pooling
-        changes |= dict(configuration.parse_override(text) for text in settings or ())
-        chosen = chosen.override(changes)
+        chosen = change_config(chosen, options, settings)
         summary = run(chosen, out, console, resume=resume)
     except Interrupted as stopped:
         Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)

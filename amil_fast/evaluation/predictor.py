@@ -10,8 +10,6 @@ from amil_fast.ops import decode_heatmaps
 from amil_fast.pose import PoseGenerator
 from amil_fast.pose.skeletons import get_skeleton
 
-# ImageNet's, which backbones are trained with.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The generator that comes with the package; its README.md says what it was trained on and what it can't do.
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".pt2", ".tar"})
@@ -58,8 +56,8 @@ class Predictor:
         if self.size < 1:
             raise ValueError("size: the model doesn't say how large its crops are; give their side in pixels (--size)")
         self.skeleton = get_skeleton(skeleton)
-        mean = getattr(model, "mean", MEAN) if mean is None else mean
-        std = getattr(model, "std", STD) if std is None else std
+        mean = getattr(model, "mean", PoseGenerator.mean) if mean is None else mean
+        std = getattr(model, "std", PoseGenerator.std) if std is None else std
         self._mean, self._std = (
             torch.as_tensor(value, dtype=torch.float32, device=self.device).reshape(-1, 1, 1) for value in (mean, std)
         )

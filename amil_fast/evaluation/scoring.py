@@ -39,6 +39,12 @@ class GroundTruth:
     origin: int = 0
 
     @classmethod
+    def of_samples(cls, skeleton, samples):
+        """That of samples of a :class:`~amil_fast.data.PoseDataset`: their arrays by name, stacked."""
+        joints, head_sizes = (samples[name].astype(np.float64) for name in ("image_joints", "head_size"))
+        return cls(skeleton, joints, samples["visibility"] > 0, head_sizes)
+
+    @classmethod
     def of(cls, annotations):
         """That of a data set."""
         names = []

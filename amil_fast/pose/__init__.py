@@ -19,5 +19,11 @@ __all__ = list(_LAZY)
 
 def __getattr__(name):
     if name not in _LAZY:
-        raise AttributeError(f"module 'amil_fast.pose' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"amil_fast.pose.{_LAZY[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})

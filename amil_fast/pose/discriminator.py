@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from amil_fast.pose import pretrained
 from amil_fast.pose.backbones import Hourglass, Residual
-from amil_fast.pose.regions import RegionBlock, as_maps, probability, regions
+from amil_fast.pose.regions import RegionStack, probability
 from amil_fast.pose.skeletons import get_skeleton
 
 
@@ -72,20 +72,16 @@ class PoseDiscriminator(nn.Module):
             nn.BatchNorm2d(features),
             nn.ReLU(),
         )
-        self.blocks = nn.ModuleList(
-            RegionBlock(
-                [features] if number == 0 else [features, features],
-                features,
-                K,
-                depth=depth,
-                pooling=pooling,
-                num_iters=num_iters,
-                residual=residual,
-                first=number == 0,
-                bag_scale=bag_scale,
-                backend=backend,
-            )
-            for number in range(blocks)
+        self.blocks = RegionStack(
+            blocks,
+            features,
+            K,
+            depth=depth,
+            pooling=pooling,
+            num_iters=num_iters,
+            residual=residual,
+            bag_scale=bag_scale,
+            backend=backend,
         )
         self.heatmaps = None if blocks else nn.Conv2d(features, K, 1)
 
@@ -103,11 +99,7 @@ class PoseDiscriminator(nn.Module):
         Y = self.autoencoder(heatmaps)
         if self.heatmaps is not None:
             return self.heatmaps(Y).float()
-        height, width = Y.shape[2:]
-        Y, X, bag = regions(Y), None, None
-        for block in self.blocks:
-            scores, X, bag = block(*((Y,) if X is None else (Y, X)), bag=bag)
-        return probability(as_maps(scores, height, width), self.mil_scale)
+        return probability(self.blocks(Y)[-1], self.mil_scale)
 
     def save_pretrained(self, folder, *, dtype=None, notes=None):
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from amil_fast.pose import pretrained
 from amil_fast.pose.backbones import STRIDE, make_backbone
-from amil_fast.pose.regions import RegionBlock, as_maps, probability, regions
+from amil_fast.pose.regions import RegionStack, probability
 from amil_fast.pose.skeletons import get_skeleton
 
 
@@ -97,20 +97,16 @@ class PoseGenerator(nn.Module):
         }
         K = self.skeleton.num_joints
         self.backbone = make_backbone(backbone, features)
-        self.blocks = nn.ModuleList(
-            RegionBlock(
-                [features] if number == 0 else [features, features],
-                features,
-                K,
-                depth=depth,
-                pooling=pooling,
-                num_iters=num_iters,
-                residual=residual,
-                first=number == 0,
-                bag_scale=bag_scale,
-                backend=backend,
-            )
-            for number in range(blocks)
+        self.blocks = RegionStack(
+            blocks,
+            features,
+            K,
+            depth=depth,
+            pooling=pooling,
+            num_iters=num_iters,
+            residual=residual,
+            bag_scale=bag_scale,
+            backend=backend,
         )
         self.heatmaps = None if blocks else nn.Conv2d(features, K, 1)
         if self.heatmaps is not None:
@@ -122,12 +118,7 @@ class PoseGenerator(nn.Module):
         if self.heatmaps is not None:
             heatmaps = self.heatmaps(Y).float()
             return PoseOutput(heatmaps[None], None) if all_blocks else heatmaps
-        height, width = Y.shape[2:]
-        Y = regions(Y)
-        scores, X, bag = [], None, None
-        for block in self.blocks:
-            z, X, bag = block(*((Y,) if X is None else (Y, X)), bag=bag)
-            scores.append(as_maps(z, height, width))
+        scores = self.blocks(Y)
         if not all_blocks:
             return probability(scores[-1], self.mil_scale)
         scores = torch.stack(scores)

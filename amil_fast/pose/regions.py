@@ -107,6 +107,33 @@ class RegionBlock(nn.Module):
         return x, pooled if bag is None or not self.residual else pooled + bag
 
 
+class RegionStack(nn.ModuleList):
+    """N blocks on the same feature map Y: :math:`X_1 = G_1(Y)`, :math:`X_n = G_n(Y, X_{n-1})`; the bag vector is handed
+    on as well.
+
+    Args:
+        blocks: N, at least 0.
+        features: channels of Y, and width of every layer.
+        outputs, options: of :class:`RegionBlock`.
+    """
+
+    def __init__(self, blocks, features, outputs, **options):
+        super().__init__(
+            RegionBlock([features] if n == 0 else [features, features], features, outputs, first=n == 0, **options)
+            for n in range(blocks)
+        )
+
+    def forward(self, Y):
+        """Every block's scores ``(B, K, h, w)`` for ``Y (B, features, h, w)``."""
+        height, width = Y.shape[2:]
+        maps, bag, scores = (regions(Y),), None, []
+        for block in self:
+            z, X, bag = block(*maps, bag=bag)
+            maps = (maps[0], X)
+            scores.append(as_maps(z, height, width))
+        return scores
+
+
 def regions(maps):
     """``(B, C, h, w)`` as ``(B, h · w, C)``: a view where the maps are channels-last, else a copy."""
     return maps.permute(0, 2, 3, 1).flatten(1, 2)

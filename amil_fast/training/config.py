@@ -19,12 +19,9 @@ DRAWN = "drawn"  # the name of drawn figures among data sets
 
 
 @dataclass(frozen=True)
-class GeneratorConfig:
-    """Arguments of :class:`~amil_fast.pose.PoseGenerator`; its skeleton and input size come from the data."""
+class _BlocksConfig:
+    """What the blocks of both networks are told."""
 
-    backbone: str = "resnet18"
-    features: int = 128
-    blocks: int = 2  # 0: backbone and linear heatmaps, the baseline
     depth: int = 3
     pooling: str = "adjust"
     num_iters: int = 3
@@ -35,20 +32,22 @@ class GeneratorConfig:
 
 
 @dataclass(frozen=True)
-class DiscriminatorConfig:
+class GeneratorConfig(_BlocksConfig):
+    """Arguments of :class:`~amil_fast.pose.PoseGenerator`; its skeleton and input size come from the data."""
+
+    backbone: str = "resnet18"
+    features: int = 128
+    blocks: int = 2  # 0: backbone and linear heatmaps, the baseline
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig(_BlocksConfig):
     """Arguments of :class:`~amil_fast.pose.PoseDiscriminator`."""
 
     use_image: bool = True
     features: int = 64
     levels: int = 3
     blocks: int = 1
-    depth: int = 3
-    pooling: str = "adjust"
-    num_iters: int = 3
-    residual: bool = True
-    bag_scale: float = 1.0
-    mil_scale: float = 1.0
-    backend: str = "auto"
 
 
 @dataclass(frozen=True)

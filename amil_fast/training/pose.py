@@ -24,7 +24,6 @@ from amil_fast.data.loader import cores
 from amil_fast.evaluation.drawing import contact_sheet, pose_tile
 from amil_fast.evaluation.predictor import Predictor
 from amil_fast.evaluation.scoring import GroundTruth, score
-from amil_fast.ops.heatmaps import encode_heatmaps
 from amil_fast.pose import (
     Balance,
     PoseDiscriminator,
@@ -34,6 +33,7 @@ from amil_fast.pose import (
     heatmap_loss,
     region_loss,
 )
+from amil_fast.pose.targets import target_heatmaps
 from amil_fast.training import checkpoints
 from amil_fast.training.config import PRECISIONS
 from amil_fast.training.distributed import synchronize_batch_norm
@@ -286,12 +286,8 @@ class PoseTraining:
             batch = {name: batch[name].to(self.device, non_blocking=True) for name in ("image", "joints", "valid")}
             images = batch["image"].float() / 255
         images = ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        stride = self.generator.stride
-        side = images.shape[-1] // stride
-        # The centre of heatmap pixel 0 lies between the crop pixels it covers.
-        coords = (batch["joints"].float() - (stride - 1) / 2) / stride
-        target, _ = encode_heatmaps(
-            coords, side, side, heatmap_std=self.config.data.heatmap_std, visible=batch["valid"]
+        target = target_heatmaps(
+            batch["joints"], images.shape[-1], heatmap_std=self.config.data.heatmap_std, visible=batch["valid"]
         )
         return images, target, batch["valid"]
 
@@ -432,13 +428,7 @@ class PoseTraining:
         everything = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         order = everything["index"].argsort(kind="stable")
         everything = {name: value[order] for name, value in everything.items()}
-        truth = GroundTruth(
-            self.data.skeleton,
-            everything["image_joints"].astype(np.float64),
-            everything["visibility"] > 0,
-            everything["head_size"].astype(np.float64),
-        )
-        return score(everything["found"], truth)
+        return score(everything["found"], GroundTruth.of_samples(self.data.skeleton, everything))
 
     def _say_epoch(self, row, result):
         terms = {name: value for name, value in row.items() if name not in ("epoch", "step", "seconds")}
