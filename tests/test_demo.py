@@ -42,6 +42,8 @@ def test_demo(tmp_path, monkeypatch):
         assert cv2.imread(str(folder / name)).std() > 10, name
         assert f"written: {folder / name}" in run.output
     assert (folder / "pose" / "best" / "model.safetensors").is_file()
+    again = CliRunner().invoke(app, ["demo", "--out", str(folder), "--seed", "2"])
+    assert again.exit_code == 2 and "holds a demo with other settings" in again.output.replace("\n", " ")
 
 
 def test_corrupted_poses_differ_where_they_say():

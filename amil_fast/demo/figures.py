@@ -1,5 +1,6 @@
 """The second half of ``amil demo``: generator and discriminator trained on drawn figures, and what they then see."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from amil_fast.evaluation.drawing import contact_sheet, pose_tile, to_picture
 from amil_fast.evaluation.plots import plot_curves
 from amil_fast.evaluation.predictor import Predictor, load_model
 from amil_fast.evaluation.scoring import GroundTruth, score
-from amil_fast.ops.heatmaps import encode_heatmaps
 from amil_fast.pose import PoseDiscriminator, PoseGenerator, error_map
-from amil_fast.training.checkpoints import load_state, part
+from amil_fast.pose.targets import target_heatmaps
+from amil_fast.training.checkpoints import STATE, load_state, part
 from amil_fast.training.config import preset
 from amil_fast.training.pose import train
 from amil_fast.training.pose_data import training_data
@@ -46,6 +47,9 @@ def run(folder, console, *, seed=0, image=None, changes=None):
     """
     folder = Path(folder)
     config = preset("demo").override({"run.seed": seed, **(changes or {})})
+    last = folder / "pose" / "last"
+    if (last / STATE).is_file() and load_state(last)[1]["config"] != config.to_dict():
+        raise ValueError(f"{folder}: holds a demo with other settings (another --seed); choose another --out")
     summary = train(config, folder / "pose", console, resume=True)
     generator = PoseGenerator.from_pretrained(folder / "pose" / "best")
     figures = training_data(config).validation
@@ -80,13 +84,7 @@ def _score(generator, figures):
         rows.append({name: value.numpy() for name, value in batch.items()})
     samples = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     found = np.concatenate(found)
-    truth = GroundTruth(
-        figures.skeleton,
-        samples["image_joints"].astype(np.float64),
-        samples["visibility"] > 0,
-        samples["head_size"].astype(np.float64),
-    )
-    return samples, found, score(found, truth)
+    return samples, found, score(found, GroundTruth.of_samples(figures.skeleton, samples))
 
 
 def _sheet(samples, found, skeleton, number=6):
@@ -102,8 +100,6 @@ def _sheet(samples, found, skeleton, number=6):
 
 def trained_discriminator(out, config):
     """The discriminator of the run in ``out``, in evaluation mode."""
-    import dataclasses
-
     tensors, _ = load_state(Path(out) / "last")
     skeleton = PoseGenerator.from_pretrained(Path(out) / "last").skeleton.name
     discriminator = PoseDiscriminator(skeleton, **dataclasses.asdict(config.discriminator))
@@ -114,17 +110,15 @@ def trained_discriminator(out, config):
 def error_sheet(discriminator, samples, generator, heatmap_std, number=5):
     """Right poses above, the same with an arm bent into the wrong place below; beside each what the discriminator
     can't reconstruct."""
-    skeleton, stride = discriminator.skeleton, generator.stride
+    skeleton = discriminator.skeleton
     images = torch.from_numpy(samples["image"][:number])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (generator.mean, generator.std))
     normalised = (images.float() / 255 - mean) / std
     joints = torch.from_numpy(samples["joints"][:number]).float()
     visible = torch.from_numpy(samples["visibility"][:number] > 0)
-    side = images.shape[-1] // stride
     tiles, captions, top = [], [], None
     for what, pose in (("right", joints), ("corrupted", corrupted(joints, skeleton, images.shape[-1]))):
-        coords = (pose - (stride - 1) / 2) / stride
-        heatmaps, _ = encode_heatmaps(coords, side, side, heatmap_std=heatmap_std, visible=visible)
+        heatmaps = target_heatmaps(pose, images.shape[-1], heatmap_std=heatmap_std, visible=visible)
         errors = error_map(discriminator, heatmaps, normalised)
         if top is None:
             top = 1.5 * float(errors.amax())
