@@ -12,6 +12,7 @@ from amil_fast.pose import (
     adversarial_loss,
     discriminator_losses,
     heatmap_loss,
+    region_cross_entropy,
     region_loss,
 )
 
@@ -63,6 +64,35 @@ def test_parts_of_a_batch_add_up():
     whole = heatmap_loss(heatmaps, target, valid)
     parts = [heatmap_loss(heatmaps[i], target[i], valid[i], count=valid.sum() / 2) for i in (slice(0, 1), slice(1, 4))]
     torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+def test_region_cross_entropy_by_hand():
+    p, t = torch.tensor([0.9, 0.3]).double(), torch.tensor([0.5, 0.0]).double()
+    scores = torch.logit(p).float().view(1, 1, 1, 1, 2).repeat(2, 1, 2, 1, 1)
+    target = t.float().view(1, 1, 1, 2).repeat(1, 2, 1, 1)
+    scores[:, :, 1], target[:, 1] = torch.nan, torch.nan  # not annotated
+    scores.requires_grad_()
+    valid = torch.tensor([[True, False]])
+    loss = region_cross_entropy(scores, target, valid)
+    divergence = (0.5 * torch.log(0.5 / p[0]) + 0.5 * torch.log(0.5 / (1 - p[0])) - torch.log(1 - p[1])) / 2
+    torch.testing.assert_close(loss.double(), 2 * divergence)  # two blocks
+    torch.testing.assert_close(region_cross_entropy(scores, target, valid, count=4), loss / 4)
+    loss.backward()
+    torch.testing.assert_close(scores.grad[1, 0, 0, 0].double(), (p - t) / 2)
+    assert scores.grad[:, :, 1].eq(0).all()
+    with pytest.raises(ValueError, match=r"scores, target, valid: expected \(L, B, K, h, w\)"):
+        region_cross_entropy(scores, target, valid[:, :1])
+
+
+def test_region_cross_entropy_is_least_at_the_target_and_finite_everywhere():
+    target, valid = maps(), torch.ones(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(region_cross_entropy(torch.logit(target), target, valid), torch.tensor(0.0))
+    target[0, 0] = torch.tensor([0.0, 1.0]).repeat(10).view(4, 5)
+    for z in (-1e30, 1e30):
+        scores = torch.full_like(target, z).requires_grad_()
+        loss = region_cross_entropy(scores, target, valid)
+        loss.backward()
+        assert loss.isfinite() and loss > 0 and scores.grad.isfinite().all()
 
 
 def test_region_loss_is_the_bags_loss():

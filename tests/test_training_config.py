@@ -94,6 +94,9 @@ def test_parse_override(text, expected):
         ({"optimizer.lr": 0}, r"optimizer\.lr: expected a positive number"),
         ({"run.ema_decay": 1}, r"run\.ema_decay: expected a number in \[0, 1\)"),
         ({"schedule.kind": "cosinus"}, r"schedule\.kind: expected one of constant, cosine, inverse-time"),
+        ({"loss.heatmap": "l1"}, r"loss\.heatmap: expected one of l2, cross-entropy, got 'l1'"),
+        ({"loss.heatmap": "cross-entropy", "generator.blocks": 0}, r"loss\.heatmap: 'cross-entropy' needs .* got 0"),
+        ({"loss.heatmap": "cross-entropy", "generator.mil_scale": 2}, r"loss\.heatmap: .*, got 2 and 2\.0"),
         ({"run.precision": "fp8"}, r"run\.precision: expected one of fp32, bf16, fp16"),
     ],
 )

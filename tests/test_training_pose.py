@@ -143,11 +143,16 @@ def test_a_whole_run(tmp_path):
     assert "12 people to train on, 6 for validation" in lines[0] and lines[1].startswith("epoch 1/3  loss ")
 
 
-def test_it_learns(tmp_path):
-    """Two figures by heart: far below the error of empty heatmaps, at which training starts."""
+@pytest.mark.parametrize(
+    ("loss", "function", "nothing", "learned"),
+    [("l2", "heatmap_loss", 0.0, 0.85), ("cross-entropy", "region_cross_entropy", -3.9, 0.7)],
+)
+def test_it_learns(tmp_path, loss, function, nothing, learned):
+    """Two figures by heart: far below the error of (nearly) empty heatmaps, at which training starts."""
     run = training(
         tmp_path,
         discriminator=None,
+        loss__heatmap=loss,
         loss__mil=0,
         generator__features=32,
         generator__pooling="none",
@@ -160,10 +165,10 @@ def test_it_learns(tmp_path):
     )
     run._save_generator = lambda *_: None  # a hundred epochs of two figures: nothing worth keeping
     _, target, valid = run._prepare_batch(next(iter(run.loader)))
-    empty = float(pose.heatmap_loss(torch.zeros_like(target), target, valid))
+    empty = float(getattr(pose, function)(torch.full_like(target, nothing), target, valid))
     run.run()
     losses = [row["heatmap"] for row in history(tmp_path)]
-    assert losses[0] > 0.8 * empty and losses[-1] < 0.85 * empty
+    assert losses[0] > 0.8 * empty and losses[-1] < learned * empty
 
 
 def test_moving_average(tmp_path):

@@ -10,6 +10,7 @@ _LAZY = {
     "error_map": "discriminator",
     "Balance": "losses",
     "heatmap_loss": "losses",
+    "region_cross_entropy": "losses",
     "region_loss": "losses",
     "adversarial_loss": "losses",
     "discriminator_losses": "losses",

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from amil_fast.nn.losses import noisy_or_loss
 from amil_fast.pose.regions import regions
@@ -22,15 +23,36 @@ def heatmap_loss(heatmaps, target, valid, count=None):
     Returns:
         A float32 scalar; 0 where no joint is valid.
     """
-    if target.dim() != 4 or valid.shape != target.shape[:2] or heatmaps.shape[-4:] != target.shape:
-        raise ValueError(
-            f"heatmaps, target, valid: expected (L, B, K, h, w), (B, K, h, w) and (B, K), got "
-            f"{tuple(heatmaps.shape)}, {tuple(target.shape)} and {tuple(valid.shape)}"
-        )
+    _check_maps("heatmaps", heatmaps, target, valid)
     # Before squaring: what stands in the maps of a joint without annotation must not matter, NaN included.
-    error = torch.where(valid[..., None, None], heatmaps.float() - target.float(), 0)
-    count = valid.sum() if count is None else torch.as_tensor(count, device=valid.device)
-    return error.square().mean((-1, -2)).sum() / count.clamp(min=1)
+    error = _only(valid, heatmaps.float() - target.float())
+    return _mean_over_joints(error.square(), valid, count)
+
+
+def region_cross_entropy(scores, target, valid, count=None):
+    r"""Cross-entropy of the regions' probabilities with target heatmaps, averaged and summed as :func:`heatmap_loss`.
+
+    A heatmap value is the probability q that this region holds this joint (PAPER §5); this is the instance loss (14)
+    with the target t in place of the pseudo label, less the target's own entropy, so that the best value is 0:
+
+    .. math:: \sum t \log \frac{t}{q} + (1 - t) \log \frac{1 - t}{1 - q}, \quad q = \mathrm{sigmoid}(z)
+
+    Unlike that of the squared error, the gradient q − t does not fade where a region is wrong and sure of it.
+
+    Args:
+        scores: ``(L, B, K, h, w)`` or ``(B, K, h, w)``, :attr:`amil_fast.pose.PoseOutput.scores` z of a generator with
+            ``mil_scale=1``.
+        target: ``(B, K, h, w)`` in [0, 1].
+        valid, count: as for :func:`heatmap_loss`.
+
+    Returns:
+        A float32 scalar; 0 where no joint is valid. Finite for every finite score.
+    """
+    _check_maps("scores", scores, target, valid)
+    z, t = _only(valid, scores.float()), _only(valid, target.float())
+    entropy = -torch.xlogy(t, t) - torch.xlogy(1 - t, 1 - t)
+    excess = F.binary_cross_entropy_with_logits(z, t.expand_as(z), reduction="none") - entropy
+    return _mean_over_joints(_only(valid, excess), valid, count)
 
 
 def region_loss(scores, valid, scale=1.0):
@@ -115,6 +137,19 @@ class Balance(nn.Module):
     def convergence(self, real, fake):
         """BEGAN's measure of convergence, ``l_real + |γ l_real − l_fake|``."""
         return (real + (self.gamma * real - fake).abs()).detach()
+
+
+def _check_maps(name, maps, target, valid):
+    if target.dim() != 4 or valid.shape != target.shape[:2] or maps.shape[-4:] != target.shape:
+        raise ValueError(
+            f"{name}, target, valid: expected (L, B, K, h, w), (B, K, h, w) and (B, K), got "
+            f"{tuple(maps.shape)}, {tuple(target.shape)} and {tuple(valid.shape)}"
+        )
+
+
+def _mean_over_joints(values, valid, count):
+    count = valid.sum() if count is None else torch.as_tensor(count, device=valid.device)
+    return values.mean((-1, -2)).sum() / count.clamp(min=1)
 
 
 def _only(valid, maps):

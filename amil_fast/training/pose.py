@@ -31,6 +31,7 @@ from amil_fast.pose import (
     adversarial_loss,
     discriminator_losses,
     heatmap_loss,
+    region_cross_entropy,
     region_loss,
 )
 from amil_fast.pose.targets import target_heatmaps
@@ -260,7 +261,10 @@ class PoseTraining:
         weights = self.config.loss
         output = self._call(images, all_blocks=True)
         heatmaps = output.heatmaps[-1]
-        heatmap = heatmap_loss(output.heatmaps, target, valid, count)
+        if weights.heatmap == "cross-entropy":
+            heatmap = region_cross_entropy(output.scores, target, valid, count)
+        else:
+            heatmap = heatmap_loss(output.heatmaps, target, valid, count)
         nothing = torch.zeros((), device=self.device)
         mil = adversarial = real = fake = nothing
         if weights.mil and output.scores is not None:
