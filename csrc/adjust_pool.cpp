@@ -197,6 +197,7 @@ class Plan {
         // Rows that can't be used in place are copied in the first pass; where the copy stays in the L2 cache it serves
         // the others too.
         const bool in_place = size == acc_ && bag.D == bag.Dp;
+        bag.ahead = in_place && !bag.index && bag.bytes() > kL2Bytes ? kBlock * bag.row_stride : 0;
         const int64_t copy = in_place || bag.T == 1 || bag.bytes() > kL2ForTwoBags / 2 ? 0 : bag.m * bag.Dp * acc_;
         const int64_t scratch = vectors + partials + copy + (backward_ ? 2 * (bag.T - 1) * bag.m * acc_ : 0);
         if (scratch > slot.scratch_size) slot.scratch = allocate(slot.scratch_size = scratch);

@@ -58,6 +58,12 @@ struct BagWork {
     const char *fetch, *fetch_end;
     int64_t fetch_bytes;
 
+    // Passes over a bag that no cache holds ask for the block of rows after the one at hand, by the distance in entries
+    // (0: they don't). The processor's own guess of what comes next loses track of rows that are read eight at a time:
+    // with it alone a pass takes 1.6 times as long at 128 features, 1.15 times at 512 (an EPYC of the Zen 4
+    // generation).
+    int64_t ahead;
+
     bool stream_out;  // write grad_f past the cache: it is too large to be there when somebody reads it
 
     void* vectors;       // acc scratch, (vectors(T), Dp)

@@ -124,9 +124,15 @@ struct PerRow {
     }
 };
 
+// Asks for what is `ahead` entries behind an address, if there is such a distance: see BagWork::ahead.
+template <bool kAhead, class A>
+inline void fetch(const A* p, int64_t ahead) {
+    if constexpr (kAhead) __builtin_prefetch(p + ahead, 0, 2);
+}
+
 // out[q] = the dot products of the rows with vectors[q]
-template <int Q, class A>
-inline void block_dots(const A* const* rows, const A* const* vectors, PerRow<A>* out, int64_t Dp) {
+template <int Q, bool kAhead, class A>
+inline void block_dots(const A* const* rows, const A* const* vectors, PerRow<A>* out, int64_t Dp, int64_t ahead) {
     constexpr int W = kWidth<A>;
     constexpr int kGroups = kBlock / kDotRows;
     constexpr int kLeft = kDotRows > W ? kDotRows / W : 1;        // vectors that a group of rows folds to
@@ -138,7 +144,9 @@ inline void block_dots(const A* const* rows, const A* const* vectors, PerRow<A>*
             Vec<A> v[Q];
             for (int q = 0; q < Q; ++q) v[q] = load(vectors[q] + d);
             for (int r = 0; r < kDotRows; ++r) {
-                const Vec<A> x = load(rows[group * kDotRows + r] + d);
+                const A* row = rows[group * kDotRows + r] + d;
+                const Vec<A> x = load(row);
+                fetch<kAhead>(row, ahead);
                 for (int q = 0; q < Q; ++q) sums[q][r] += x * v[q];
             }
         }
@@ -155,8 +163,8 @@ inline void block_dots(const A* const* rows, const A* const* vectors, PerRow<A>*
 
 // acc += sum_r w[r] rows[r], or without w the plain sum. Four or eight vectors of acc stay in registers while the rows
 // go by.
-template <bool kWeighted, int G, class A>
-inline void block_sum_columns(const A* const* rows, const A* w, A* acc, int64_t d) {
+template <bool kWeighted, int G, bool kAhead, class A>
+inline void block_sum_columns(const A* const* rows, const A* w, A* acc, int64_t d, int64_t ahead) {
     Vec<A> sums[G];
     for (int g = 0; g < G; ++g) sums[g] = load(acc + d + g * kWidth<A>);
 #pragma GCC unroll 4
@@ -164,17 +172,18 @@ inline void block_sum_columns(const A* const* rows, const A* w, A* acc, int64_t 
         const A* row = rows[r] + d;
         for (int g = 0; g < G; ++g) {
             const Vec<A> x = load(row + g * kWidth<A>);
+            fetch<kAhead>(row + g * kWidth<A>, ahead);
             sums[g] += kWeighted ? x * w[r] : x;
         }
     }
     for (int g = 0; g < G; ++g) store(acc + d + g * kWidth<A>, sums[g]);
 }
-template <bool kWeighted, class A>
-inline void block_sum(const A* const* rows, const A* w, A* acc, int64_t Dp) {
+template <bool kWeighted, bool kAhead, class A>
+inline void block_sum(const A* const* rows, const A* w, A* acc, int64_t Dp, int64_t ahead) {
     constexpr int G = kVectorBytes == 64 ? 8 : 4;
     int64_t d = 0;
-    for (; d + G * kWidth<A> <= Dp; d += G * kWidth<A>) block_sum_columns<kWeighted, G>(rows, w, acc, d);
-    for (; d < Dp; d += kWidth<A>) block_sum_columns<kWeighted, 1>(rows, w, acc, d);
+    for (; d + G * kWidth<A> <= Dp; d += G * kWidth<A>) block_sum_columns<kWeighted, G, kAhead>(rows, w, acc, d, ahead);
+    for (; d < Dp; d += kWidth<A>) block_sum_columns<kWeighted, 1, kAhead>(rows, w, acc, d, ahead);
 }
 
 // ---- where things are in a bag's scratch ----
@@ -232,8 +241,8 @@ inline void fetch_next_bag(BagWork& bag) {
     for (; bag.fetch < end; bag.fetch += kFetchStride) __builtin_prefetch(bag.fetch, 0, 2);
 }
 
-template <class In, class A>
-void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
+template <class In, class A, bool kAhead>
+void forward_rows(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
     const Scratch<A> scratch{bag};
     A* stage = static_cast<A*>(stage_memory);
     A* partial = scratch.partial(chunk);
@@ -243,7 +252,7 @@ void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
     if (t == 1) {
         for (int64_t r = chunk_begin(bag, chunk); r < end; r += kBlock) {
             const Block<In, A> block(bag, r, end, stage);
-            block_sum<false, A>(block.rows, nullptr, acc, bag.Dp);
+            block_sum<false, kAhead>(block.rows, static_cast<const A*>(nullptr), acc, bag.Dp, bag.ahead);
         }
         return;
     }
@@ -254,7 +263,7 @@ void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
     for (int64_t r = chunk_begin(bag, chunk); r < end; r += kBlock) {
         const Block<In, A> block(bag, r, end, stage);
         PerRow<A> b;
-        block_dots<1, A>(block.rows, &S, &b, bag.Dp);
+        block_dots<1, kAhead>(block.rows, &S, &b, bag.Dp, bag.ahead);
         b = b.first(block.n, -kInfinity<A>);
         A w[kBlock];
         if (logits) {
@@ -275,10 +284,14 @@ void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
         for (int k = 0; k < b.kVectors; ++k) sums += b.v[k];
         b.to(w);
         fetch_next_bag(bag);
-        block_sum<true, A>(block.rows, w, acc, bag.Dp);
+        block_sum<true, false>(block.rows, static_cast<const A*>(w), acc, bag.Dp, 0);
     }
     partial[0] = reference;
     partial[1] = sum_lanes<A>(sums);
+}
+template <class In, class A>
+void forward_chunk(BagWork& bag, int t, int64_t chunk, void* stage) {
+    bag.ahead ? forward_rows<In, A, true>(bag, t, chunk, stage) : forward_rows<In, A, false>(bag, t, chunk, stage);
 }
 
 template <class In, class A>
@@ -399,7 +412,7 @@ void backward_weights_chunk(BagWork& bag, int64_t chunk, void* stage) {
     for (int64_t r = chunk_begin(bag, chunk); r < end; r += kBlock) {
         const Block<In, A> block(bag, r, end, static_cast<A*>(stage));
         PerRow<A> b;
-        block_dots<1, A>(block.rows, &S, &b, bag.Dp);
+        block_dots<1, false>(block.rows, &S, &b, bag.Dp, 0);
         A w[kBlock];
         b.exp_minus(scratch.lse(bag.T)).to(w);
         for (int k = 0; k < block.n; ++k) sum += w[k] * grad_weight<A>(bag, r + k);
@@ -508,8 +521,8 @@ void backward_write(BagWork& bag, int64_t end, void* stage) {
     if (end == bag.m) zero_rows<In>(bag, row, bag.rows_in_memory);
 }
 
-template <class In, class A>
-void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage, Beside beside) {
+template <class In, class A, bool kAhead>
+void backward_rows(BagWork& bag, int t, int64_t chunk, void* stage, Beside beside) {
     const Scratch<A> scratch{bag};
     const bool with_grad_weights = t == bag.T && bag.grad_weights && !bag.detach_routing;
     A* acc = scratch.partial(chunk) + kBlock;
@@ -521,7 +534,7 @@ void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage, Beside besi
     for (int64_t r = chunk_begin(bag, chunk); r < end; r += kBlock) {
         const Block<In, A> block(bag, r, end, static_cast<A*>(stage));
         PerRow<A> dots[2];
-        block_dots<2, A>(block.rows, vectors, dots, bag.Dp);
+        block_dots<2, kAhead>(block.rows, vectors, dots, bag.Dp, bag.ahead);
         const PerRow<A> w = dots[0].first(block.n, -kInfinity<A>).exp_minus(lse);
         A beta[kBlock];
         if (with_grad_weights) {
@@ -540,13 +553,19 @@ void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage, Beside besi
             memcpy(scratch.w(t) + r, last, block.n * sizeof(A));
             memcpy(scratch.beta(t) + r, beta, block.n * sizeof(A));
         }
-        if (!bag.detach_routing) block_sum<true, A>(block.rows, beta, acc, bag.Dp);
+        if (!bag.detach_routing) block_sum<true, false>(block.rows, static_cast<const A*>(beta), acc, bag.Dp, 0);
         if (beside.bag) {
             const int64_t to = beside.bag->written + beside.blocks * kBlock;
             if (beside.bag->written < beside.bag->m)
                 backward_write<In, A>(*beside.bag, to < beside.bag->m ? to : beside.bag->m, stage);
         }
     }
+}
+
+template <class In, class A>
+void backward_chunk(BagWork& bag, int t, int64_t chunk, void* stage, Beside beside) {
+    bag.ahead ? backward_rows<In, A, true>(bag, t, chunk, stage, beside)
+              : backward_rows<In, A, false>(bag, t, chunk, stage, beside);
 }
 
 template <class A>
