@@ -53,6 +53,9 @@ def cv(
     soft_clip: Annotated[
         float, typer.Option(help="Bend standardised features towards this bound; 0: leave them.")
     ] = _DEFAULT.soft_clip,
+    kernel_weight: Annotated[
+        float, typer.Option(help="Share of a set kernel in the probability; 0: the network alone.")
+    ] = _DEFAULT.kernel_weight,
     loss: Annotated[str, typer.Option(help="bce, margin, bce+margin or mil.")] = _DEFAULT.loss,
     epochs: Annotated[int, typer.Option(help="Passes over the training part; the last one counts.")] = _DEFAULT.epochs,
     batch_size: Annotated[int, typer.Option(help="Bags per step.")] = _DEFAULT.batch_size,

@@ -15,6 +15,7 @@ import torch
 
 from amil_fast.nn import POOLINGS, StackedMIRNet, level_loss, margin_loss, noisy_or_loss
 from amil_fast.ops import squash
+from amil_fast.training.mil_kernel import SetKernel
 
 SCHEDULES = ("constant", "cosine")  # cosine: up over the first twentieth of the steps, then down to 0
 # bce: cross-entropy of every level's score; margin: Eq. 6 on the lengths of the poolings' vectors, which are the
@@ -40,7 +41,8 @@ class MilSettings:
     bag_scale: float = 10.0
     input_dropout: float = 0.0
     dropout: float = 0.0
-    soft_clip: float = 5.0  # c > 0: standardised features are bent towards ±c, see bend()
+    soft_clip: float = 3.0  # c > 0: standardised features are bent towards ±c, see bend()
+    kernel_weight: float = 0.75  # of the set kernel's probability against the network's; 0: the network alone
     loss: str = "bce"
     epochs: int = 30
     batch_size: int = 8  # bags
@@ -67,6 +69,8 @@ class MilSettings:
         for name in ("weight_decay", "instance_norm", "soft_clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.kernel_weight <= 1:
+            raise ValueError(f"kernel_weight: expected a number in [0, 1], got {self.kernel_weight}")
         for name in ("input_dropout", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -79,6 +83,7 @@ PAPER_SETTINGS = MilSettings(
     input_dropout=0,
     dropout=0,
     soft_clip=0,
+    kernel_weight=0,
     loss="bce",
     epochs=40,
     schedule="constant",
@@ -87,7 +92,10 @@ PAPER_SETTINGS = MilSettings(
 
 
 class BagClassifiers:
-    """Networks trained side by side, each with the standardisation of its own training part.
+    """Classifiers trained side by side, each with the standardisation of its own training part.
+
+    Each is a network, or with ``settings.kernel_weight`` a network and a :class:`SetKernel`, fitted apart on the same
+    features, whose probabilities are averaged.
 
     Args:
         data: a :class:`amil_fast.data.bags.BagData`.
@@ -124,6 +132,7 @@ class BagClassifiers:
         self._features = torch.from_numpy(data.features)
         statistics = [_standardisation(data.features[data.rows(np.flatnonzero(part))[0]]) for part in self.train]
         self.mean, self.inverse_std = (torch.stack(s)[:, None] for s in zip(*statistics, strict=True))
+        self._kernels = []
 
     def fit(self, on_epoch=None):
         """Trains for ``settings.epochs`` epochs; ``on_epoch(epoch)`` is called after each."""
@@ -155,6 +164,9 @@ class BagClassifiers:
             if on_epoch is not None:
                 on_epoch(epoch)
         self.net.eval()
+        if s.kernel_weight:
+            parts = [np.flatnonzero(part) for part in self.train]
+            self._kernels = [SetKernel(*self._bags(member, part), labels[part]) for member, part in enumerate(parts)]
         return self
 
     @torch.no_grad()
@@ -166,6 +178,12 @@ class BagClassifiers:
             probabilities = self._probabilities(self._forward(bags)[0]).numpy()
             member, place = np.nonzero(bags >= 0)
             result[member, bags[member, place]] = probabilities[member, place]
+        for member, kernel in enumerate(self._kernels):
+            part = np.flatnonzero(which[member])
+            if not len(part):
+                continue
+            probabilities = kernel.probabilities(*self._bags(member, part)).numpy()
+            result[member, part] += self.settings.kernel_weight * (probabilities - result[member, part])
         return result
 
     def _shuffled(self):
@@ -187,11 +205,18 @@ class BagClassifiers:
 
     def _forward(self, bags):
         rows, cu_seqlens = pack(self.data, bags)
-        x = (self._features[torch.from_numpy(rows)] - self.mean) * self.inverse_std
-        if self.settings.soft_clip:
-            x = bend(x, self.settings.soft_clip)
+        x = self._standardised(rows, self.mean, self.inverse_std)
         cu_seqlens = torch.from_numpy(cu_seqlens)
         return self.net(x, cu_seqlens), cu_seqlens
+
+    def _bags(self, member, bags):
+        """The instances of ``bags`` as one member sees them, and their ``cu_seqlens``."""
+        rows, cu_seqlens = self.data.rows(bags)
+        return self._standardised(rows, self.mean[member], self.inverse_std[member]), torch.from_numpy(cu_seqlens)
+
+    def _standardised(self, rows, mean, inverse_std):
+        x = (self._features[torch.from_numpy(rows)] - mean) * inverse_std
+        return bend(x, self.settings.soft_clip) if self.settings.soft_clip else x
 
     def _losses(self, output, cu_seqlens, y):
         """``(members, B)``: each bag's loss, the mean over levels. ``y (members, B)``."""
