@@ -1,4 +1,4 @@
-"""A kernel between bags with a least-squares classifier, the companion of the network in the default recipe."""
+"""A kernel between bags with a least-squares classifier, to stand beside the network (``kernel_weight``)."""
 
 import torch
 

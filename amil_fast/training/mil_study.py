@@ -27,14 +27,13 @@ def study_cells(groups=("pooling", "network", "ingredients"), **changes):
     """The rows of the study.
 
     Args:
-        groups: ``"pooling"``: every pooling in the default recipe's network. ``"network"``: adjust and mean pooling ×
-            residual × deep supervision × loss in it. ``"ingredients"``: the default recipe; its network and its set
-            kernel alone; the network with one ingredient taken out or one more put in; the paper's settings with one
-            put in. ``"all"``: every pooling × residual × deep supervision × loss.
+        groups: ``"pooling"``: every pooling with the default recipe. ``"network"``: adjust and mean pooling × residual
+            × deep supervision × loss. ``"ingredients"``: the default recipe with one ingredient taken out or one more
+            put in, and the paper's settings with one put in. ``"all"``: every pooling × residual × deep supervision ×
+            loss.
         changes: settings that replace those of every row, for example ``seed=1``.
     """
-    recipe = dataclasses.replace(MilSettings(ensemble=1), **changes)
-    base = dataclasses.replace(recipe, kernel_weight=0.0)  # the set kernel would hide what differs between networks
+    base = dataclasses.replace(MilSettings(ensemble=1), **changes)
     paper = dataclasses.replace(PAPER_SETTINGS, **changes)
     poolings = [(f"adjust, T = {T}", {"pooling": "adjust", "num_iters": T}) for T in (1, 2, 3, 4, 5)]
     poolings += [(name, {"pooling": name}) for name in ("mean", "max", "lse", "attention", "gated_attention")]
@@ -50,24 +49,26 @@ def study_cells(groups=("pooling", "network", "ingredients"), **changes):
                 "soft clip": {"soft_clip": 0.0},
                 "cosine schedule": {"schedule": "constant"},
             }
+            kernel = {"kernel_weight": 0.75}
             extra = {
                 "margin loss": {"loss": "bce+margin"},
                 "dropout": {"input_dropout": 0.3, "dropout": 0.3},
                 "instance norm": {"instance_norm": 20.0},  # 2 once scaled
+                "set kernel": kernel,
+                "set kernel, max": {"pooling": "max", **kernel},
             }
-            cells.append(Cell(group, "recipe", recipe))
-            cells.append(Cell(group, "recipe, max", dataclasses.replace(recipe, pooling="max")))
-            cells.append(Cell(group, "set kernel alone", dataclasses.replace(recipe, kernel_weight=1.0)))
-            cells.append(Cell(group, "network alone", base))
+            cells.append(Cell(group, "recipe", base))
             for name, setting in off.items():
-                cells.append(Cell(group, f"network without {name}", dataclasses.replace(base, **setting)))
+                cells.append(Cell(group, f"recipe without {name}", dataclasses.replace(base, **setting)))
             for name, setting in extra.items():
-                cells.append(Cell(group, f"network with {name}", dataclasses.replace(base, **setting)))
-            cells.append(Cell(group, "network, 5 times", dataclasses.replace(base, ensemble=5)))
+                cells.append(Cell(group, f"recipe with {name}", dataclasses.replace(base, **setting)))
+            cells.append(Cell(group, "recipe, 5 networks", dataclasses.replace(base, ensemble=5)))
+            cells.append(Cell(group, "set kernel alone", dataclasses.replace(base, kernel_weight=1.0)))
             cells.append(Cell(group, "paper's settings", paper))
-            for name, setting in (off | {"set kernel": {"kernel_weight": 0.0}}).items():
-                back = {field: getattr(recipe, field) for field in setting}
+            for name, setting in off.items():
+                back = {field: getattr(base, field) for field in setting}
                 cells.append(Cell(group, f"paper's settings with {name}", dataclasses.replace(paper, **back)))
+            cells.append(Cell(group, "paper's settings with set kernel", dataclasses.replace(paper, **kernel)))
             cells.append(Cell(group, "paper's settings, mean", dataclasses.replace(paper, pooling="mean")))
         else:
             for label, pooling in poolings if group == "all" else [poolings[2], poolings[5]]:
