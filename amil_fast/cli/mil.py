@@ -72,11 +72,10 @@ def cv(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ):
-    """Repeated k-fold cross-validation of a bag classifier on the folds of a bag file.
+    """Repeated k-fold cross-validation of a bag classifier (MI-RNet) on the folds of a bag file.
 
-    The classifier is a network (MI-RNet) whose probability is averaged with that of a set kernel. Every feature is
-    standardised by the training part of each fold, the model of the last epoch counts, the threshold is 0.5; accuracy
-    is the mean over folds, given as mean and standard deviation over repetitions.
+    Every feature is standardised by the training part of each fold, the model of the last epoch counts, the threshold
+    is 0.5; accuracy is the mean over folds, given as mean and standard deviation over repetitions.
 
     Example: `amil mil cv musk1.npz --pooling adjust --json musk1.json`
     """
