@@ -194,13 +194,13 @@ class Plan {
             }
         }
         bag.chunks = std::max<int64_t>((bag.m + bag.chunk_rows - 1) / bag.chunk_rows, 1);
-        bag.stream_out |= bag.bytes() > caches().l2;
 
         const int64_t vectors = BagWork::num_vectors(bag.T) * bag.Dp * acc_;
         const int64_t partials = bag.chunks * (kBlock + bag.Dp) * acc_;
         // Rows that can't be used in place are copied in the first pass; where the copy stays in the L2 cache it serves
         // the others too.
         const bool in_place = size == acc_ && bag.D == bag.Dp;
+        bag.stream_out = in_place && (bag.stream_out || bag.bytes() > caches().l2);
         bag.ahead = in_place && !bag.index && bag.bytes() > caches().l2 ? kBlock * bag.row_stride : 0;
         const int64_t copy = in_place || bag.T == 1 || bag.bytes() > l2_for_two_bags() / 2 ? 0 : bag.m * bag.Dp * acc_;
         const int64_t scratch = vectors + partials + copy + (backward_ ? 2 * (bag.T - 1) * bag.m * acc_ : 0);

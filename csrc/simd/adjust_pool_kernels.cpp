@@ -252,7 +252,7 @@ void forward_rows(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
     if (t == 1) {
         for (int64_t r = chunk_begin(bag, chunk); r < end; r += kBlock) {
             const Block<In, A> block(bag, r, end, stage);
-            block_sum<false, kAhead>(block.rows, static_cast<const A*>(nullptr), acc, bag.Dp, bag.ahead);
+            block_sum<false, kAhead, A>(block.rows, nullptr, acc, bag.Dp, bag.ahead);
         }
         return;
     }
@@ -284,7 +284,7 @@ void forward_rows(BagWork& bag, int t, int64_t chunk, void* stage_memory) {
         for (int k = 0; k < b.kVectors; ++k) sums += b.v[k];
         b.to(w);
         fetch_next_bag(bag);
-        block_sum<true, false>(block.rows, static_cast<const A*>(w), acc, bag.Dp, 0);
+        block_sum<true, false, A>(block.rows, w, acc, bag.Dp, 0);
     }
     partial[0] = reference;
     partial[1] = sum_lanes<A>(sums);
@@ -553,7 +553,7 @@ void backward_rows(BagWork& bag, int t, int64_t chunk, void* stage, Beside besid
             memcpy(scratch.w(t) + r, last, block.n * sizeof(A));
             memcpy(scratch.beta(t) + r, beta, block.n * sizeof(A));
         }
-        if (!bag.detach_routing) block_sum<true, false>(block.rows, static_cast<const A*>(beta), acc, bag.Dp, 0);
+        if (!bag.detach_routing) block_sum<true, false, A>(block.rows, beta, acc, bag.Dp, 0);
         if (beside.bag) {
             const int64_t to = beside.bag->written + beside.blocks * kBlock;
             if (beside.bag->written < beside.bag->m)
