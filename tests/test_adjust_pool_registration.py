@@ -1,7 +1,5 @@
 """torch.ops.amil_fast.adjust_pool under opcheck, compile, export, fake tensors, autocast, functorch and DDP."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -161,10 +159,9 @@ def test_functorch_is_served_by_the_reference_only():
     torch.testing.assert_close(grad, torch.autograd.grad(adjust_pool(leaf).sin().sum(), leaf)[0])
 
 
-def _ddp_worker(rank, address, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=address)
+def _ddp_worker(rank, meeting_point, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(6, 4))
     x = random_bags(4, 9, 6, dtype=torch.float32)[2 * rank : 2 * rank + 2]
@@ -174,16 +171,11 @@ def _ddp_worker(rank, address, queue):
     dist.destroy_process_group()
 
 
-def test_ddp():
+def test_ddp(tmp_path):
     """Two processes with half the bags each have the gradient of one process with all of them."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=_ddp_worker, args=(rank, port, queue)) for rank in range(2)]
+    workers = [context.Process(target=_ddp_worker, args=(rank, tmp_path / "meeting_point", queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     grad = torch.from_numpy(queue.get(timeout=120))
