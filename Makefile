@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 # Editable, with all extras; built in pip's own isolated environment. torch and Triton are pinned by constraints.txt.
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/simd/*)
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/simd/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton
@@ -26,12 +26,12 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/simd/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/simd/*')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
 # Equality is asserted before anything is timed; results go to benchmarks/results/ under a name of your choice.
 bench: install

@@ -3,9 +3,9 @@
 The extension includes no torch headers, so it builds in pip's isolated environment and survives torch upgrades. Three
 kinds of sources go into it (see CONTRIBUTING.md):
 
-- ``csrc/*.cpp``: compiled once, for the baseline instruction set;
-- ``csrc/simd/*.cpp``: compiled once per instruction set, chosen between at run time;
-- ``csrc/*.cu``: compiled by nvcc when there is one, with the CUDA runtime linked statically.
+- ``csrc/**/*.cpp``: compiled once, for the baseline instruction set;
+- ``csrc/**/simd/*.cpp``: compiled once per instruction set, selected at run time;
+- ``csrc/**/*.cu``: compiled by nvcc when there is one, with the CUDA runtime linked statically.
 
 Environment: ``AMIL_FAST_CUDA=0`` leaves CUDA out, ``AMIL_FAST_CUDA=1`` makes a missing nvcc an error (default: use nvcc
 if found); ``CUDA_HOME`` and ``CXX`` as usual; ``AMIL_FAST_CUDA_ARCHS="90;100"`` compiles for fewer GPUs, faster.
@@ -36,7 +36,7 @@ if X86_64:
     INSTRUCTION_SETS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
-# Sources of csrc/simd that are compiled without fused multiply-adds: all copies, and CUDA, return the same bits.
+# Sources in simd/ that are compiled without fused multiply-adds: all copies, and CUDA, return the same bits.
 NO_FMA = ("decode_maps",)
 # SASS for these where nvcc knows them, PTX of the newest for GPUs to come.
 CUDA_ARCHS = ("75", "80", "86", "89", "90", "100")
@@ -70,6 +70,12 @@ def cuda_arch_flags(nvcc):
     return flags, [f"sm_{a}" for a in archs] + [f"compute_{archs[-1]}"]
 
 
+def object_name(source, variant=None):
+    """Object file of a source below csrc/, unique across its folders."""
+    parts = source.relative_to(ROOT / "csrc").with_suffix("").parts
+    return ".".join([*parts, *([variant] if variant else []), "o"])
+
+
 class BuildExtension(build_ext):
     """Writes one build.ninja for all sources and runs it."""
 
@@ -81,7 +87,7 @@ class BuildExtension(build_ext):
 
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
         nvcc, nvcc_reason = find_nvcc()
-        cuda_sources = sorted((ROOT / "csrc").glob("*.cu")) if nvcc else []
+        cuda_sources = sorted((ROOT / "csrc").rglob("*.cu")) if nvcc else []
         includes = [f"-I{ROOT / 'csrc'}", f"-I{build_dir}"]
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-ffp-contract=off"]
         python_includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -115,12 +121,13 @@ class BuildExtension(build_ext):
                 objects.append(name)
                 w.build(name, "cxx", str(source), variables={"flags": " ".join(flags)})
 
-            for source in sorted((ROOT / "csrc").glob("*.cpp")):
-                compile_cxx(source, f"{source.stem}.o", python_includes if source.stem == "bindings" else [])
-            for source in sorted((ROOT / "csrc" / "simd").glob("*.cpp")):
+            for source in sorted((ROOT / "csrc").rglob("*.cpp")):
+                if source.parent.name != "simd":
+                    compile_cxx(source, object_name(source), python_includes if source.stem == "bindings" else [])
+            for source in sorted((ROOT / "csrc").rglob("simd/*.cpp")):
                 contract = "off" if source.stem in NO_FMA else "fast"
                 for isa, flags in INSTRUCTION_SETS.items():
-                    compile_cxx(source, f"{source.stem}.{isa}.o",
+                    compile_cxx(source, object_name(source, isa),
                                 [f"-DAMIL_ISA={isa}", f"-ffp-contract={contract}", *flags])  # fmt: skip
             libraries = []
             if cuda_sources:
@@ -129,7 +136,7 @@ class BuildExtension(build_ext):
                        f"-Xcompiler -fPIC,-fvisibility=hidden {' '.join(arch_flags + includes)} -c $in -o $out",
                        depfile="$out.d", deps="gcc", description="NVCC $in")  # fmt: skip
                 for source in cuda_sources:
-                    objects.append(f"{source.stem}.cu.o")
+                    objects.append(object_name(source, "cu"))
                     w.build(objects[-1], "nvcc", str(source))
                 cuda_root = Path(nvcc).resolve().parent.parent
                 lib_dirs = [d for d in (cuda_root / "lib64", *cuda_root.glob("targets/*/lib"), "/usr/local/cuda/lib64")
@@ -163,7 +170,7 @@ class BuildPy(build_py):
 
 setup(
     packages=find_packages(include=["amil_fast", "amil_fast.*"]),
-    package_data={"amil_fast": ["py.typed", "weights/*"]},
+    package_data={"amil_fast": ["py.typed"], "amil_fast.pose": ["weights/*"]},
     ext_modules=[Extension("amil_fast._C", sources=[])],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
 )

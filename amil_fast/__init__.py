@@ -20,9 +20,7 @@ _LAZY = {
     "nn": None,
     "metrics": None,
     "pose": None,
-    "data": None,
-    "evaluation": None,
-    "training": None,
+    "mil": None,
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from amil_fast.ops import _backends
+from amil_fast.ops import backends
 
 
 def info():
@@ -17,15 +17,15 @@ def info():
 
         {"versions": {...}, "devices": {...}, "build": {...} or None, "backends": {"cpp": None, "triton": "…", ...}}
     """
-    native_reason = _backends.why_not_native()
+    native_reason = backends.why_not_native()
     build = None
     if native_reason is None:
-        native = _backends.native()
+        native = backends.native()
         build = json.loads(native.build_info)
         build["instruction_sets_usable"] = native.usable_instruction_sets()
         build["instruction_set"] = native.instruction_set()
     has_gpu = torch.cuda.is_available()
-    triton_reason = _backends.why_not_triton("cuda" if has_gpu else "cpu")
+    triton_reason = backends.why_not_triton("cuda" if has_gpu else "cpu")
     return {
         "versions": {
             "amil_fast": _version("amil_fast"),

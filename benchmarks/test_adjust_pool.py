@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import amil_fast
-from amil_fast.ops._adjust_pool_reference import adjust_pool_reference, squash
+from amil_fast.ops.adjust_pool_reference import adjust_pool_reference, squash
 
 DEVICES = [
     "cpu",

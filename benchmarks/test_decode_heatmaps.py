@@ -15,7 +15,7 @@ import torch
 
 from amil_fast import decode_heatmaps
 from amil_fast.ops import encode_heatmaps
-from amil_fast.ops._backends import native
+from amil_fast.ops.backends import native
 
 SHAPES = [(64, 17, 64, 48), (64, 133, 64, 48), (1, 17, 64, 48)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -26,7 +26,7 @@ FUNCTIONS = {
     "dark_udp": {"refine": "dark_udp", "convention": "mmpose"},
     "mirror+dark": {"refine": "dark", "convention": "darkpose", "mirror": True},
 }
-VECTORS = Path(__file__).parents[1] / ".." / "shared" / "vectors" / "decode_public.npz"
+VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "decode_public.npz"
 
 
 # ---- the peers' algorithms: the same steps in the same libraries, map by map where they go map by map ----
@@ -246,7 +246,7 @@ def test_amil_fast(benchmark, ratios, shape, function, device):
 @cases
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=lambda s: "x".join(map(str, s)))
 def test_reference(benchmark, ratios, shape, function, device):
-    """Vectorised PyTorch; refines in float64."""
+    """Vectorized PyTorch; refines in float64."""
     maps, arguments, _, amax, read_bytes = case(shape, function, device)
 
     def run():

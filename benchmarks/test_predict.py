@@ -2,7 +2,7 @@
 time.
 
 One benchmark per number of threads (1, and all) and batch size (1, 16). An image is read and decoded, cropped,
-normalised, seen by the network twice (itself and mirrored), decoded with DARK, and mapped back.
+normalized, seen by the network twice (itself and mirrored), decoded with DARK, and mapped back.
 ``pytest benchmarks/test_predict.py --benchmark-only``
 """
 
@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from amil_fast.data import DrawnFigures
-from amil_fast.data.augment import warp_crop
-from amil_fast.data.files import read_image
-from amil_fast.data.geometry import crop_matrix
-from amil_fast.data.loader import cores
-from amil_fast.evaluation import predictor as module
-from amil_fast.evaluation.predictor import Predictor, load_model
+from amil_fast.pose.codec import crop_matrix
+from amil_fast.pose.data import SyntheticFigures
+from amil_fast.pose.data.augment import warp_crop
+from amil_fast.pose.data.files import read_image
+from amil_fast.pose.data.loader import cores
+from amil_fast.pose.inference import predictor as module
+from amil_fast.pose.inference.predictor import Predictor, load_model
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -28,7 +28,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def photos(tmp_path_factory):
     """Sixteen JPEGs of 640 x 640 pixels."""
     folder = tmp_path_factory.mktemp("photos")
-    figures = DrawnFigures(16, 640)
+    figures = SyntheticFigures(16, 640)
     paths = []
     for i in range(16):
         path = folder / f"{i}.jpg"

@@ -8,11 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "adjust_pool.h"
+#include "adjust_pool/adjust_pool.h"
 #include "build_info.h"
-#include "decode_heatmaps.h"
-#include "instruction_set.h"
-#include "page_cache.h"
+#include "decode_heatmaps/decode_heatmaps.h"
+#include "runtime/instruction_set.h"
+#include "runtime/page_cache.h"
 
 namespace py = pybind11;
 

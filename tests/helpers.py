@@ -1,6 +1,11 @@
 """What several test files share: the measure of error, and bags to test on."""
 
+from pathlib import Path
+
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # real data and peers' outputs beside the checkout
 
 
 def relative_error(actual, truth):

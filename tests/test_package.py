@@ -14,16 +14,27 @@ import amil_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the bottom up; a module may import from its own layer and those below it.
+# From the bottom up; a module may import from its own room and from those in the layers below it, never from a sibling.
 LAYERS = [
-    {"_C", "kernels"},
+    {"_C", "kernels", "utils"},
     {"ops"},
-    {"nn", "metrics"},
-    {"pose", "data", "evaluation"},
-    {"training"},
-    {"cli", "demo"},
+    {"nn"},
+    {"pose.skeletons"},  # names, flip pairs and normalizers only: the metrics need them
+    {"metrics"},
+    {"mil", "pose"},
+    {"cli"},
 ]
-# Where the whole package may be imported from without a layer of its own.
+# Rooms of amil_fast/pose, from the bottom up.
+POSE_LAYERS = [
+    {"skeletons", "codec"},
+    {"models"},
+    {"data"},
+    {"visualization"},
+    {"evaluation", "inference"},
+    {"training"},
+    {"demo"},
+]
+# The package's own __init__ and info() import what they present.
 ROOT_MODULES = {"__init__", "environment"}
 
 
@@ -37,11 +48,13 @@ def imports_of(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(name):
+def room_of(words):
+    """The name in LAYERS that a dotted path below ``amil_fast`` belongs to, and its level; None for public names."""
     for level, names in enumerate(LAYERS):
-        if name in names:
-            return level
-    raise AssertionError(f"amil_fast.{name} has no place in LAYERS")
+        for depth in (2, 1):
+            if ".".join(words[:depth]) in names:
+                return ".".join(words[:depth]), level
+    return None
 
 
 def python_files():
@@ -49,28 +62,46 @@ def python_files():
     yield from ((path, Path("kernels") / path.name) for path in sorted((ROOT / "kernels").glob("*.py")))
 
 
-def test_imports_point_down():
-    seen = 0
+def package_imports():
+    """``(place, importer, imported)``: dotted paths below ``amil_fast`` of every import of one part by another."""
     for path, place in python_files():
-        part = place.parts[0].removesuffix(".py")
+        importer = place.with_suffix("").parts
+        if importer[0] in ROOT_MODULES:
+            continue
         for name in imports_of(path):
             words = name.split(".")
-            if words[0] != "amil_fast" or len(words) == 1:
-                continue
-            seen += 1
-            target = words[1]
-            if (
-                part in ROOT_MODULES
-                or target == "environment"
-                or not (
-                    (ROOT / "amil_fast" / target).is_dir()
-                    or (ROOT / "amil_fast" / f"{target}.py").is_file()
-                    or target == "_C"
-                )
-            ):
-                continue  # amil_fast's own __init__ and info(), or a public name of the package
-            assert layer_of(target) <= layer_of(part), f"{place} imports {name}, which is above it"
-    assert seen > 20
+            if words[0] == "amil_fast" and len(words) > 1:
+                yield place, importer, tuple(words[1:])
+
+
+def test_imports_point_down():
+    seen = 0
+    for place, importer, imported in package_imports():
+        if imported[0] == "environment":
+            continue
+        target = room_of(imported)
+        if target is None:
+            assert imported[0] in amil_fast.__all__, f"{place} imports {imported}, which has no place in LAYERS"
+            continue
+        room, level = room_of(importer)
+        seen += 1
+        assert target[0] == room or target[1] < level, f"{place} imports {'.'.join(imported)}, which is not below it"
+    assert seen > 100
+
+
+def test_imports_within_pose_point_down():
+    levels = {name: level for level, names in enumerate(POSE_LAYERS) for name in names}
+    seen = 0
+    for place, importer, imported in package_imports():
+        if importer[0] != "pose" or imported[0] != "pose" or importer[1] == "__init__" or len(imported) < 2:
+            continue
+        if imported[1] not in levels:  # what amil_fast.pose itself exports
+            assert levels[importer[1]] > levels["models"], f"{place} imports {'.'.join(imported)}"
+            continue
+        seen += 1
+        below = levels[imported[1]] < levels[importer[1]]
+        assert importer[1] == imported[1] or below, f"{place} imports {'.'.join(imported)}, which is not below it"
+    assert seen > 50
 
 
 def test_the_reference_and_the_kernels_do_not_know_each_other():

@@ -20,7 +20,10 @@ def ablate(
     preset: Annotated[str | None, typer.Option(help="Preset of `amil train` that the rows are changes of.")] = None,
     config: Annotated[Path | None, typer.Option(help="A train.json instead of --preset.")] = None,
     root: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
-    packed: Annotated[Path | None, typer.Option(help="A file written by `amil pack`, instead of --root.")] = None,
+    archive: Annotated[
+        Path | None,
+        typer.Option("--archive", "--packed", help="A crop archive written by `amil pack`, instead of --root."),
+    ] = None,
     groups: Annotated[
         str, typer.Option(help="Comma-separated: ideas, pooling, levels, routing, adversary, schedule.")
     ] = "ideas,pooling",
@@ -34,19 +37,19 @@ def ablate(
 
     Every row is an `amil train` with one setting changed; a stopped study goes on where it was when called again.
 
-    Example: `amil ablate --preset lspet-small --packed lspet.pack --out runs/ablation --epochs 10 --jobs 2`
+    Example: `amil ablate --preset lspet-small --archive lspet.pack --out runs/ablation --epochs 10 --jobs 2`
 
     Example: `amil ablate --preset lspet-small --root data/lspet --out runs/levels --groups levels,routing`
     """
-    from amil_fast.training import ablation
-    from amil_fast.training import config as configuration
+    from amil_fast.pose.training import ablation
+    from amil_fast.pose.training import config as configuration
 
     console = Console(quiet=quiet)
     try:
         if (preset is None) == (config is None):
             raise ValueError("expected one of --preset and --config")
         base = configuration.preset(preset) if preset else read_config(config)
-        options = {"data.root": root, "data.packed": packed, "schedule.epochs": epochs}
+        options = {"data.root": root, "data.archive": archive, "schedule.epochs": epochs}
         base = change_config(base, options, settings)
         try:
             numbers = [int(seed) for seed in seeds.split(",")]

@@ -25,8 +25,8 @@ def progress_bar(console, quiet):
 
 
 def read_config(path):
-    """The :class:`~amil_fast.training.config.TrainConfig` in a ``train.json``."""
-    from amil_fast.training.config import from_dict
+    """The :class:`~amil_fast.pose.training.config.TrainConfig` in a ``train.json``."""
+    from amil_fast.pose.training.config import from_dict
 
     return from_dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -35,11 +35,11 @@ def change_config(config, options, settings):
     """A configuration with changes.
 
     Args:
-        config: a :class:`~amil_fast.training.config.TrainConfig`.
+        config: a :class:`~amil_fast.pose.training.config.TrainConfig`.
         options: ``"section.key"`` -> value of a command-line option, None where it wasn't given.
         settings: texts of ``--set``, or None; they have the last word.
     """
-    from amil_fast.training.config import parse_override
+    from amil_fast.pose.training.config import parse_override
 
     changes = {name: str(v) if isinstance(v, Path) else v for name, v in options.items() if v is not None}
     return config.override(changes | dict(parse_override(text) for text in settings or ()))

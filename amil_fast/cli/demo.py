@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from amil_fast.cli.common import fail, progress_bar
-from amil_fast.demo import bags
+from amil_fast.mil import demo as mil_demo
 
 _EPOCHS = 30
 
@@ -32,7 +32,7 @@ def _show_bags(console, folder, seed):
         def on_epoch(epoch, loss):
             progress.update(task, advance=1, description=f"training, loss {loss:.3f}")
 
-        scores = bags.run(folder, epochs=_EPOCHS, seed=seed, on_epoch=on_epoch)
+        scores = mil_demo.run(folder, epochs=_EPOCHS, seed=seed, on_epoch=on_epoch)
     table = Table(
         title=f"MI-RNet with adjust pooling, {scores['bags']} test bags", caption=f"{scores['seconds']:.1f} s"
     )
@@ -40,20 +40,20 @@ def _show_bags(console, folder, seed):
     table.add_column("value", justify="right")
     table.add_row("accuracy", f"{scores['accuracy']:.3f}")
     table.add_row("area under the ROC curve", f"{scores['auc']:.3f}")
-    table.add_row("heaviest instance of a recognised positive bag is a key instance", _number(scores["pointing"]))
+    table.add_row("heaviest instance of a recognized positive bag is a key instance", _number(scores["pointing"]))
     table.add_row("the same by chance", _number(scores["by_chance"]))
     console.print(table)
     _written(console, folder, ("mil_weights.png", "mil_scores.json"))
 
 
 def _show_figures(console, folder, seed, image):
-    from amil_fast.demo import figures
+    from amil_fast.pose import demo as pose_demo
 
     console.print(
         "\n[bold]The pose model on drawn figures[/] (no data set): generator and discriminator, trained against each "
         "other. This takes up to three minutes on two cores."
     )
-    result = figures.run(folder, console, seed=seed, image=image)
+    result = pose_demo.run(folder, console, seed=seed, image=image)
     console.print(
         f"PCK@0.2 on {result.figures} other figures: {result.pck:.1f} % after {result.seconds:.0f} s of training"
     )

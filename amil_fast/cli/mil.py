@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from amil_fast.cli.common import fail, progress_bar
-from amil_fast.data.bags import load_bags
+from amil_fast.mil import study as mil_study
+from amil_fast.mil.bag_files import load_bags
+from amil_fast.mil.training import PAPER_SETTINGS, MilSettings, cross_validate
 from amil_fast.ops import adjust_pool
-from amil_fast.training import mil_study
-from amil_fast.training.mil import PAPER_SETTINGS, MilSettings, cross_validate
 
 app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: classify bags of instances.")
 _DEFAULT = MilSettings()
@@ -51,7 +51,7 @@ def cv(
     input_dropout: Annotated[float, typer.Option(help="Share of features dropped.")] = _DEFAULT.input_dropout,
     dropout: Annotated[float, typer.Option(help="Share of hidden units dropped.")] = _DEFAULT.dropout,
     soft_clip: Annotated[
-        float, typer.Option(help="Bend standardised features towards this bound; 0: leave them.")
+        float, typer.Option(help="Bend standardized features toward this bound; 0: leave them.")
     ] = _DEFAULT.soft_clip,
     kernel_weight: Annotated[
         float, typer.Option(help="Share of a set kernel in the probability; 0: the network alone.")
@@ -74,7 +74,7 @@ def cv(
 ):
     """Repeated k-fold cross-validation of a bag classifier (MI-RNet) on the folds of a bag file.
 
-    Every feature is standardised by the training part of each fold, the model of the last epoch counts, the threshold
+    Every feature is standardized by the training part of each fold, the model of the last epoch counts, the threshold
     is 0.5; accuracy is the mean over folds, given as mean and standard deviation over repetitions.
 
     Example: `amil mil cv musk1.npz --pooling adjust --json musk1.json`

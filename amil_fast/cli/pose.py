@@ -39,7 +39,12 @@ _Model = Annotated[
 _Skeleton = Annotated[str | None, typer.Option(help="lsp14, mpii16 or coco17, where the network doesn't say.")]
 _Size = Annotated[int | None, typer.Option(min=16, help="Side of its crops in pixels, where it doesn't say.")]
 _Batch = Annotated[int, typer.Option(min=1, help="Crops the network sees at once.")]
-_Mirror = Annotated[bool, typer.Option(help="Average with the heatmaps of the mirror image.")]
+_FlipTest = Annotated[
+    bool,
+    typer.Option(
+        "--flip-test/--no-flip-test", "--mirror/--no-mirror", help="Average with the heatmaps of the flipped crop."
+    ),
+]
 _Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]
 _Passes = Annotated[
     int,
@@ -85,7 +90,7 @@ def evaluate(
     skeleton: _Skeleton = None,
     size: _Size = None,
     batch_size: _Batch = 32,
-    mirror: _Mirror = True,
+    flip_test: _FlipTest = True,
     refine: _Refine = "dark",
     passes: _Passes = 1,
     device: _Device = None,
@@ -103,7 +108,7 @@ def evaluate(
 
     Example: `amil evaluate --checkpoint runs/lspet/best --dataset lspet --root lspet`
     """
-    from amil_fast.evaluation.scoring import GroundTruth, read_ground_truth, read_predictions, score
+    from amil_fast.pose.evaluation.scoring import GroundTruth, read_ground_truth, read_predictions, score
 
     console = Console(quiet=quiet)
     if predictions is not None and (checkpoint is not None or model is not None):
@@ -128,7 +133,7 @@ def evaluate(
         if predictions is not None:
             found = read_predictions(predictions, truth)
         else:
-            predictor = _predictor(checkpoint, model, skeleton, size, mirror, refine, device)
+            predictor = _predictor(checkpoint, model, skeleton, size, flip_test, refine, device)
             found, extra = _run(predictor, people, batch_size, passes, console, quiet)
         two = pair if "," not in pair else tuple(joint.strip() for joint in pair.split(",", 1))
         result = score(found, truth, metric=metric, pair=two, either=either)
@@ -157,7 +162,7 @@ def predict(
     skeleton: _Skeleton = None,
     size: _Size = None,
     batch_size: _Batch = 16,
-    mirror: _Mirror = True,
+    flip_test: _FlipTest = True,
     refine: _Refine = "dark",
     passes: _Passes = 2,
     overlays: Annotated[bool, typer.Option(help="Write pictures and videos with the poses over them.")] = True,
@@ -181,11 +186,11 @@ def predict(
 
     Example: `amil predict team.jpg --boxes boxes.json --model my_package.nets:build --checkpoint weights.safetensors`
     """
-    from amil_fast.evaluation.predict import predict as run
+    from amil_fast.pose.inference.predict import predict as run
 
     console, errors = Console(quiet=quiet), Console(stderr=True, soft_wrap=True)
     with _errors(), progress_bar(console, quiet) as progress:
-        predictor = _predictor(checkpoint, model, skeleton, size, mirror, refine, device)
+        predictor = _predictor(checkpoint, model, skeleton, size, flip_test, refine, device)
         task = progress.add_task("images", total=None)
         report = run(
             predictor,
@@ -249,7 +254,7 @@ def pack(
 
     Example: `amil pack lspet.pack --dataset lspet --root data/lspet --split all --size 192 --skip-bad`
     """
-    from amil_fast.data.packed import pack as write
+    from amil_fast.pose.data.crop_archive import pack as write
 
     console = Console(quiet=quiet)
     if dataset is None:
@@ -281,8 +286,13 @@ def show(
     dataset: _Dataset = None,
     root: _Root = None,
     split: _Split = None,
-    packed: Annotated[Path | None, typer.Option(help="A file written by `amil pack`, instead of a data set.")] = None,
-    drawn: Annotated[bool, typer.Option("--drawn", help="Drawn figures, instead of a data set.")] = False,
+    archive: Annotated[
+        Path | None,
+        typer.Option("--archive", "--packed", help="A crop archive written by `amil pack`, instead of a data set."),
+    ] = None,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", "--drawn", help="Synthetic figures, instead of a data set.")
+    ] = False,
     augment: Annotated[bool, typer.Option("--augment", help="Several augmented crops of each sample.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Number of crops.")] = 32,
     size: Annotated[int, typer.Option(min=16, help="Side of the crops in pixels.")] = 192,
@@ -290,28 +300,28 @@ def show(
     skip_bad: _SkipBad = False,
     quiet: _Quiet = False,
 ):
-    """Draw a contact sheet of training crops with their joints, in the paper's colours.
+    """Draw a contact sheet of training crops with their joints, in the paper's colors.
 
     Example: `amil show crops.jpg --dataset lspet --root data/lspet --augment --skip-bad`
 
-    Example: `amil show figures.png --drawn`
+    Example: `amil show figures.png --synthetic`
     """
     import cv2
     import numpy as np
 
-    from amil_fast.data import SPORTS, DrawnFigures, PackedDataset, PoseDataset
-    from amil_fast.evaluation.drawing import sample_sheet
-    from amil_fast.evaluation.predict import write_whole
+    from amil_fast.pose.data import SPORTS, CropArchive, PoseDataset, SyntheticFigures
+    from amil_fast.pose.inference.predict import write_whole
+    from amil_fast.pose.visualization.drawing import sample_sheet
 
     console = Console(quiet=quiet)
-    if sum((dataset is not None, packed is not None, drawn)) != 1:
-        fail("expected one of --dataset, --packed and --drawn")
+    if sum((dataset is not None, archive is not None, synthetic)) != 1:
+        fail("expected one of --dataset, --archive and --synthetic")
     augmentation = SPORTS if augment else None
     with _errors():
-        if drawn:
-            samples = DrawnFigures(100_000, size, seed=seed, augmentation=augmentation)
-        elif packed is not None:
-            samples = PackedDataset(packed, size, augmentation=augmentation, seed=seed)
+        if synthetic:
+            samples = SyntheticFigures(100_000, size, seed=seed, augmentation=augmentation)
+        elif archive is not None:
+            samples = CropArchive(archive, size, augmentation=augmentation, seed=seed)
         else:
             people = _people(dataset, root, split, skip_bad, training=True)
             _print_left_out(console, people.left_out)
@@ -343,7 +353,7 @@ def _written(console, path):
 
 
 def _write_json(path, content):
-    from amil_fast.evaluation.predict import write_whole
+    from amil_fast.pose.inference.predict import write_whole
 
     with _errors():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -361,7 +371,7 @@ def _print_left_out(console, left_out):
 
 
 def _people(dataset, root, split, skip_bad, training=False, **options):
-    from amil_fast.data.registry import load
+    from amil_fast.pose.data.registry import load
 
     if root is None:
         fail("--dataset needs --root, the data set's folder")
@@ -379,11 +389,11 @@ def _check_pair(pair):
         raise ValueError(f"pair: expected paper, lsp, or two joints with a comma between, got {pair!r}")
 
 
-def _predictor(checkpoint, model, skeleton, size, mirror, refine, device):
+def _predictor(checkpoint, model, skeleton, size, flip_test, refine, device):
     import torch
 
-    from amil_fast.evaluation.predictor import Predictor, load_model
     from amil_fast.ops.decode_heatmaps import REFINEMENTS
+    from amil_fast.pose.inference.predictor import Predictor, load_model
 
     if refine not in REFINEMENTS:
         raise ValueError(f"refine: expected one of {', '.join(REFINEMENTS)}, got {refine!r}")
@@ -395,7 +405,7 @@ def _predictor(checkpoint, model, skeleton, size, mirror, refine, device):
     if model is not None and "" not in sys.path:
         sys.path.insert(0, "")  # a module of the user's in the current folder, as `python -m` would find it
     network = load_model(checkpoint, model)
-    return Predictor(network, skeleton=skeleton, size=size, mirror=mirror, refine=refine, device=device)
+    return Predictor(network, skeleton=skeleton, size=size, flip_test=flip_test, refine=refine, device=device)
 
 
 def _run(predictor, people, batch_size, passes, console, quiet):
@@ -404,9 +414,9 @@ def _run(predictor, people, batch_size, passes, console, quiet):
 
     import numpy as np
 
-    from amil_fast.data.dataset import PoseDataset
-    from amil_fast.data.loader import PoseLoader
-    from amil_fast.evaluation.predict import boxes_of
+    from amil_fast.pose.data.dataset import PoseDataset
+    from amil_fast.pose.data.loader import PoseLoader
+    from amil_fast.pose.inference.predict import boxes_of
 
     if predictor.skeleton is not people.skeleton:
         raise ValueError(f"the network finds {predictor.skeleton.name}, the data set has {people.skeleton.name}")
@@ -465,10 +475,10 @@ def _cell(value):
 def _score_pictures(folder, result, truth, found):
     import cv2
 
-    from amil_fast.data.dataset import PoseDataset
-    from amil_fast.evaluation.drawing import comparison_sheet
-    from amil_fast.evaluation.plots import plot_confusion, plot_curves, plot_errors
-    from amil_fast.evaluation.predict import write_whole
+    from amil_fast.pose.data.dataset import PoseDataset
+    from amil_fast.pose.inference.predict import write_whole
+    from amil_fast.pose.visualization.drawing import comparison_sheet
+    from amil_fast.pose.visualization.plots import plot_confusion, plot_curves, plot_errors
 
     folder.mkdir(parents=True, exist_ok=True)
     name = result.summary["metric"]

@@ -19,12 +19,15 @@ def register(app):
 def train(
     out: Annotated[Path, typer.Option(help="The run's folder: last/, best/, history.jsonl, tensorboard/.")],
     preset: Annotated[
-        str | None, typer.Option(help="paper-lsp, paper-mpii, lspet-small or demo (drawn figures, no data needed).")
+        str | None, typer.Option(help="paper-lsp, paper-mpii, lspet-small or demo (synthetic figures, no data needed).")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A train.json that a run left, instead of --preset.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="lsp, lspet, mpii, mpii-mat, coco or drawn.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="lsp, lspet, mpii, mpii-mat, coco or synthetic.")] = None,
     root: Annotated[Path | None, typer.Option(help="The data set's folder, in the layout it was published in.")] = None,
-    packed: Annotated[Path | None, typer.Option(help="A file written by `amil pack`, instead of --root.")] = None,
+    archive: Annotated[
+        Path | None,
+        typer.Option("--archive", "--packed", help="A crop archive written by `amil pack`, instead of --root."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Times every person is seen.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Crops per step, over all processes.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.")] = None,
@@ -57,12 +60,12 @@ def train(
 
     Example: `amil train --preset lspet-small --root data/lspet --out runs/lspet --set optimizer.lr=5e-4`
 
-    Example: `torchrun --nproc-per-node 2 -m amil_fast.cli train --preset lspet-small --packed lspet.pack --out two`
+    Example: `torchrun --nproc-per-node 2 -m amil_fast.cli train --preset lspet-small --archive lspet.pack --out two`
     """
-    from amil_fast.training import config as configuration
-    from amil_fast.training.checkpoints import STATE, load_state
-    from amil_fast.training.pose import Interrupted, NotFinite
-    from amil_fast.training.pose import train as run
+    from amil_fast.pose.training import config as configuration
+    from amil_fast.pose.training.checkpoints import STATE, load_state
+    from amil_fast.pose.training.trainer import Interrupted, NotFinite
+    from amil_fast.pose.training.trainer import train as run
 
     console = Console(quiet=quiet)
     try:
@@ -83,7 +86,7 @@ def train(
         options = {
             "data.dataset": dataset,
             "data.root": root,
-            "data.packed": packed,
+            "data.archive": archive,
             "data.batch_size": batch_size,
             "data.input_size": input_size,
             "data.workers": workers,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from amil_fast.nn._bag_math import BagView
+from amil_fast.nn.bag_view import BagView
 
 
 def margin_loss(bag, labels, *, m_plus=0.9, m_minus=0.1, negative_weight=1.0, reduction="mean"):

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from amil_fast.nn._bag_math import BagView
+from amil_fast.nn.bag_view import BagView
 from amil_fast.nn.losses import noisy_or
 from amil_fast.nn.pooling import make_pooling
-from amil_fast.ops._bags import accumulation_dtype, bag_mask, check_bags
+from amil_fast.ops.bags import accumulation_dtype, bag_mask, check_bags
 
 
 class MIROutput(NamedTuple):
@@ -125,7 +125,7 @@ class MIRNet(nn.Module):
     def reset_parameters(self, generator=None):
         """Weights from a normal distribution (of variance 2/fan-in before a ReLU, 1/fan-in in the heads), biases 0.
 
-        The poolings' own parameters keep their modules' initialisation.
+        The poolings' own parameters keep their modules' initialization.
         """
         with torch.no_grad():
             for layers, gain in ((self.layers, 2.0), (self.heads, 1.0)):

@@ -9,7 +9,7 @@ gradient, and sums are taken in float32 (float64 for float64).
 import torch
 from torch import nn
 
-from amil_fast.nn._bag_math import BagView
+from amil_fast.nn.bag_view import BagView
 from amil_fast.ops import adjust_pool
 
 

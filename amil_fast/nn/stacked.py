@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from amil_fast.nn._bag_math import BagView
+from amil_fast.nn.bag_view import BagView
 from amil_fast.nn.losses import noisy_or
 from amil_fast.nn.mirnet import MIRNet
 from amil_fast.nn.pooling import AttentionPool, make_pooling
@@ -15,7 +15,7 @@ class StackedLinear(nn.Module):
     def __init__(self, members, in_features, out_features):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        bound = in_features**-0.5  # nn.Linear's initialisation
+        bound = in_features**-0.5  # nn.Linear's initialization
         # Transposed against nn.Linear: a gradient then has its parameter's layout, which saves a copy a step.
         self.weight = nn.Parameter(torch.empty(members, in_features, out_features).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, out_features).uniform_(-bound, bound))
@@ -31,7 +31,7 @@ class StackedMIRNet(MIRNet):
     """``members`` independent :class:`MIRNet` of one shape, each with its own parameters and its own bags.
 
     Small networks spend their time in calls, not in arithmetic; here one batched product per layer and one pooling call
-    per level serve all members. With losses that are summed over members and an element-wise optimiser (SGD, Adam) the
+    per level serve all members. With losses that are summed over members and an element-wise optimizer (SGD, Adam) the
     result is that of training them one by one.
 
     The call ``net(instances, cu_seqlens) -> MIROutput`` takes ``instances (members, n, in_features)`` and

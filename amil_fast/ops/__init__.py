@@ -1,7 +1,7 @@
 """The package's operators: public functions, checks, backend choice, ``torch.library`` registration, references."""
 
-from amil_fast.ops._adjust_pool_reference import squash
 from amil_fast.ops.adjust_pool import adjust_pool
+from amil_fast.ops.adjust_pool_reference import squash
 from amil_fast.ops.decode_heatmaps import decode_heatmaps
 from amil_fast.ops.heatmaps import encode_heatmaps, flip_back, soft_argmax
 

@@ -5,18 +5,18 @@ import importlib
 
 import torch
 
-from amil_fast.ops import _backends
-from amil_fast.ops._adjust_pool_reference import adjust_pool_reference
-from amil_fast.ops._bags import accumulation_dtype, check_bag_values, check_bags
+from amil_fast.ops import backends
+from amil_fast.ops.adjust_pool_reference import adjust_pool_reference
+from amil_fast.ops.bags import accumulation_dtype, check_bag_values, check_bags
 
 _SUPPORTED = {
     "auto": lambda device: {"cpu": "cpp", "cuda": "triton"}.get(device, "reference"),
     "reference": lambda device: None,
     "cpp": lambda device: None if device == "cpu" else f"it runs on CPU tensors, got a tensor on {device!r}",
-    "triton": _backends.why_not_triton,
+    "triton": backends.why_not_triton,
 }
 # Modules with the two functions forward(...) and backward(...) that the registered operator calls.
-_IMPLEMENTATIONS = {"cpp": "amil_fast.ops._adjust_pool_cpp", "triton": "amil_fast.kernels.adjust_pool_launch"}
+_IMPLEMENTATIONS = {"cpp": "amil_fast.ops.adjust_pool_cpp", "triton": "amil_fast.kernels.adjust_pool_launch"}
 
 
 def adjust_pool(
@@ -83,7 +83,7 @@ def adjust_pool(
         raise TypeError(f"num_iters: expected an int, got {type(num_iters).__name__}")
     if num_iters < 1:
         raise ValueError(f"num_iters: expected at least 1, got {num_iters}")
-    backend = _backends.choose(backend, instances.device.type, _SUPPORTED)
+    backend = backends.choose(backend, instances.device.type, _SUPPORTED)
 
     if backend == "reference":
         if instances.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -92,7 +92,7 @@ def adjust_pool(
             instances, mask, lengths=lengths, cu_seqlens=cu_seqlens, num_iters=num_iters, detach_routing=detach_routing
         )
     else:
-        if _backends.dispatcher_has_work(instances):
+        if backends.dispatcher_has_work(instances):
             call = torch.ops.amil_fast.adjust_pool.default
         else:
             call = _AdjustPool.apply if instances.requires_grad and torch.is_grad_enabled() else _forward
@@ -178,7 +178,7 @@ def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_lse):
     if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated again
         return _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengths, cu_seqlens), *nothing
     registered = torch.ops.amil_fast.adjust_pool_backward.default
-    call = registered if _backends.dispatcher_has_work(instances) else _backward
+    call = registered if backends.dispatcher_has_work(instances) else _backward
     grad = call(
         grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, ctx.detach_routing, ctx.backend
     )

@@ -4,11 +4,11 @@ import functools
 
 import torch
 
-from amil_fast.ops import _backends
-from amil_fast.ops._bags import FLOAT_DTYPES
-from amil_fast.ops._joints import check_pairs
+from amil_fast.ops import backends
+from amil_fast.ops.bags import FLOAT_DTYPES
+from amil_fast.ops.flip import check_pairs
 
-REFINEMENTS = ("none", "quarter", "dark", "dark_udp")  # in the order of csrc/decode_heatmaps.h
+REFINEMENTS = ("none", "quarter", "dark", "dark_udp")  # in the order of csrc/decode_heatmaps/decode_heatmaps.h
 CONVENTIONS = ("hrnet", "darkpose", "mmpose")
 MAX_BLUR_KERNEL = 255
 
@@ -16,9 +16,9 @@ MAX_BLUR_KERNEL = 255
 def _why_not_cuda(device):
     if device != "cuda":
         return f"it runs on CUDA tensors, got a tensor on {device!r}"
-    if (reason := _backends.why_not_native()) is not None:
+    if (reason := backends.why_not_native()) is not None:
         return reason
-    return None if _backends.native().with_cuda else "the extension was built without CUDA (see amil_fast.info())"
+    return None if backends.native().with_cuda else "the extension was built without CUDA (see amil_fast.info())"
 
 
 _SUPPORTED = {
@@ -55,7 +55,7 @@ def decode_heatmaps(
         refine: what is added to the position of the maximum:
 
             - ``"none"``: nothing;
-            - ``"quarter"``: 0.25 px towards the greater neighbour in x and in y;
+            - ``"quarter"``: 0.25 px toward the greater neighbor in x and in y;
             - ``"dark"``: the Newton step on the logarithm of the Gaussian-blurred map, second derivatives over ±2 px
               (DarkPose, mmpose's ``refine_keypoints_dark``); none within 2 px of the edge;
             - ``"dark_udp"``: the same over ±1 px with the map continued past its edge (mmpose's
@@ -75,7 +75,7 @@ def decode_heatmaps(
             ``flipped``, ``()`` where no joints swap.
         shift_flipped: shift the mirrored-back maps by one pixel to the right, as HRNet does (its ``SHIFT_HEATMAP``).
             Wrong for models trained with UDP's or DARK's unbiased mirror.
-        center, scale: ``(B, 2)``, floating: centre of the crop in image pixels and its size in units of 200 px
+        center, scale: ``(B, 2)``, floating: center of the crop in image pixels and its size in units of 200 px
             (HRNet's). With p = heatmap pixels, c = center, s = 200 scale: ``"hrnet"``
             :math:`(p - [W, H] / 2) \, s_x / W + c`; ``"darkpose"``
             :math:`(p - [W - 1, H - 1] / 2) \, (s_x - 1) / (W - 1) + c`; ``"mmpose"`` :math:`p / [W, H] \, s + c - s /
@@ -140,7 +140,7 @@ def decode_heatmaps(
         _check_transform(scale, "scale", (heatmaps.shape[0], 2), "(B, 2)", heatmaps)
     elif affine is not None:
         _check_transform(affine, "affine", (heatmaps.shape[0], 2, 3), "(B, 2, 3)", heatmaps)
-    backend = _backends.choose(backend, heatmaps.device.type, _SUPPORTED)
+    backend = backends.choose(backend, heatmaps.device.type, _SUPPORTED)
 
     settings = (refine, convention, blur_kernel, backend)
     arguments = (heatmaps, flipped, swap, shift_flipped, center, scale, affine, *settings)
@@ -149,7 +149,7 @@ def decode_heatmaps(
         if not torch.compiler.is_compiling():
             return _Refusal.apply(*arguments)
         arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    if _backends.dispatcher_has_work(*tensors):
+    if backends.dispatcher_has_work(*tensors):
         return torch.ops.amil_fast.decode_heatmaps.default(*arguments)
     return _decode(*arguments)
 
@@ -208,12 +208,12 @@ _library.define(
 @functools.cache
 def _implementation(backend):
     if backend == "reference":
-        from amil_fast.ops._decode_reference import decode_heatmaps_reference
+        from amil_fast.ops.decode_heatmaps_reference import decode_heatmaps_reference
 
         return decode_heatmaps_reference
-    from amil_fast.ops import _decode_native
+    from amil_fast.ops import decode_heatmaps_native
 
-    return {"cpp": _decode_native.decode_cpp, "cuda": _decode_native.decode_cuda}[backend]
+    return {"cpp": decode_heatmaps_native.decode_cpp, "cuda": decode_heatmaps_native.decode_cuda}[backend]
 
 
 def _decode(heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend):

@@ -2,20 +2,20 @@
 
 import torch
 
-from amil_fast.ops._bags import FLOAT_DTYPES, accumulation_dtype
-from amil_fast.ops._joints import check_float_maps, check_pairs, mirror_back
+from amil_fast.ops.bags import FLOAT_DTYPES, accumulation_dtype
+from amil_fast.ops.flip import check_float_maps, check_pairs, flip_maps
 
 
 def encode_heatmaps(coords, height, width, *, heatmap_std=2.0, unbiased=True, visible=None, dtype=None):
-    r"""Draws a Gaussian per joint, :math:`\exp(-\|p - c\|^2 / (2 \cdot \text{heatmap\_std}^2))`, p pixel, c centre.
+    r"""Draws a Gaussian per joint, :math:`\exp(-\|p - c\|^2 / (2 \cdot \text{heatmap\_std}^2))`, p pixel, c center.
 
     Args:
-        coords: ``(..., K, 2)``, (x, y) in heatmap pixels: 0-based, an integer is the centre of a pixel. Any floating
+        coords: ``(..., K, 2)``, (x, y) in heatmap pixels: 0-based, an integer is the center of a pixel. Any floating
             dtype.
         height, width: size of the maps in pixels, at least 1.
         heatmap_std: standard deviation of the Gaussian in heatmap pixels, > 0.
         unbiased: True draws the Gaussian around the exact coordinates over the whole map (DarkPose). False rounds the
-            centre to the nearest pixel (halves up) and cuts the Gaussian to a square of 3 ``heatmap_std`` to each
+            center to the nearest pixel (halves up) and cuts the Gaussian to a square of 3 ``heatmap_std`` to each
             side (HRNet): decoding then can't recover the fraction of a pixel.
         visible: ``(..., K)``, nonzero = there is such a joint; None: all are there.
         dtype: floating dtype of the maps; None: that of ``coords``.
@@ -124,4 +124,4 @@ def flip_back(heatmaps, flip_pairs, *, shift=False):
         ValueError: fewer than three axes, empty maps, a joint out of range or in two pairs.
     """
     check_float_maps(heatmaps, "heatmaps", axes=3)
-    return mirror_back(heatmaps, check_pairs(flip_pairs, heatmaps.shape[-3]), shift)
+    return flip_maps(heatmaps, check_pairs(flip_pairs, heatmaps.shape[-3]), shift)

@@ -1,30 +1,25 @@
-"""Human poses: skeletons, and the networks that find them."""
+"""Human poses: skeletons, the networks that estimate them, and everything around their training and use."""
 
-import importlib
+from amil_fast.pose.models.discriminator import PoseDiscriminator, error_map
+from amil_fast.pose.models.generator import PoseGenerator, PoseOutput
+from amil_fast.pose.models.losses import (
+    Balance,
+    adversarial_loss,
+    discriminator_losses,
+    heatmap_loss,
+    region_cross_entropy,
+    region_loss,
+)
 
-# Name -> module; imported when first asked for: a skeleton needs no network.
-_LAZY = {
-    "PoseGenerator": "generator",
-    "PoseOutput": "generator",
-    "PoseDiscriminator": "discriminator",
-    "error_map": "discriminator",
-    "Balance": "losses",
-    "heatmap_loss": "losses",
-    "region_cross_entropy": "losses",
-    "region_loss": "losses",
-    "adversarial_loss": "losses",
-    "discriminator_losses": "losses",
-}
-__all__ = list(_LAZY)
-
-
-def __getattr__(name):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *_LAZY})
+__all__ = [
+    "PoseGenerator",
+    "PoseOutput",
+    "PoseDiscriminator",
+    "error_map",
+    "Balance",
+    "heatmap_loss",
+    "region_cross_entropy",
+    "region_loss",
+    "adversarial_loss",
+    "discriminator_losses",
+]

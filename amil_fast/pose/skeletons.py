@@ -1,4 +1,4 @@
-"""What a skeleton's joints are: names, mirror pairs, limbs, colours, and how it is scored.
+"""What a skeleton's joints are: names, mirror pairs, limbs, colors, and how it is scored.
 
 This is the only place that knows one joint from another. Data sets, metrics and drawing take a :class:`Skeleton`; a new
 joint set is one more entry of :data:`SKELETONS`.
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-# The paper's colours (Fig. 1 and 4), RGB: (upper limb, lower limb) of a side, the head and the neck.
-_PURPLE, _RED, _GREY = (142, 36, 190), (224, 32, 44), (196, 196, 204)
+# The paper's colors (Fig. 1 and 4), RGB: (upper limb, lower limb) of a side, the head and the neck.
+_PURPLE, _RED, _GRAY = (142, 36, 190), (224, 32, 44), (196, 196, 204)
 _LIMB_COLORS = {
     ("right", "arm"): ((20, 60, 210), (64, 146, 255)),
     ("right", "leg"): ((10, 112, 34), (58, 178, 62)),
@@ -41,7 +41,7 @@ class Skeleton:
         head_segment: (neck end, top) of the head, or None.
         head_factor: head size of PCKh = ``head_factor`` x length of the head segment, where no head box is known.
         derived: joints that the annotators did not click on but computed, which may therefore lie outside the image.
-        mirror_pairs, mirror_index: pairs ``(a, b)`` of joints that change places in a mirror image, and the same as a
+        flip_pairs, flip_index: pairs ``(a, b)`` of joints that change places in a mirror image, and the same as a
             permutation of length K. Found from the names.
         joint_colors, limb_colors: RGB in 0..255.
     """
@@ -56,8 +56,8 @@ class Skeleton:
     head_segment: tuple[int, int] | None = None
     head_factor: float | None = None
     derived: tuple[int, ...] = ()
-    mirror_pairs: tuple[tuple[int, int], ...] = field(init=False)
-    mirror_index: tuple[int, ...] = field(init=False)
+    flip_pairs: tuple[tuple[int, int], ...] = field(init=False)
+    flip_index: tuple[int, ...] = field(init=False)
     joint_colors: tuple[tuple[int, int, int], ...] = field(init=False)
     limb_colors: tuple[tuple[int, int, int], ...] = field(init=False)
 
@@ -68,8 +68,8 @@ class Skeleton:
         colors = tuple(_joint_color(name) for name in self.joints)
         limb_colors = tuple(_limb_color(self.joints[a], self.joints[b]) for a, b in self.limbs)
         for name, value in (
-            ("mirror_index", mirror),
-            ("mirror_pairs", pairs),
+            ("flip_index", mirror),
+            ("flip_pairs", pairs),
             ("joint_colors", colors),
             ("limb_colors", limb_colors),
         ):
@@ -116,7 +116,7 @@ def _joint_color(name):
     if part in _PART and side in ("left", "right"):
         kind, level = _PART[part]
         return _LIMB_COLORS[side, kind][level]
-    return _RED if name in ("neck", "upper neck", "thorax") else _GREY if name == "pelvis" else _PURPLE
+    return _RED if name in ("neck", "upper neck", "thorax") else _GRAY if name == "pelvis" else _PURPLE
 
 
 def _limb_color(a, b):
@@ -129,7 +129,7 @@ def _limb_color(a, b):
         return _RED if "thorax" in (a, b) else _PURPLE
     if kinds == {"arm"} and {"neck", "upper neck", "thorax"} & {a, b}:
         return _RED
-    return _GREY
+    return _GRAY
 
 
 def _skeleton(name, joints, short_names, limbs, head, scored=None, **options):

@@ -4,8 +4,8 @@
 
 Of the tools, racecheck sees hazards in *shared* memory only. The partial results of a split bag travel through global
 memory, ordered by atomics (``arrive`` in kernels/adjust_pool_common.py), which no tool checks:
-tests/test_adjust_pool_gpu.py has a stress test for that. Torch's caching allocator is off under the tools, so that
-every tensor is an allocation of its own, whose bounds and initialisation they know. ``check.py drive WHAT`` is the
+tests/ops/test_adjust_pool_gpu.py has a stress test for that. Torch's caching allocator is off under the tools, so that
+every tensor is an allocation of its own, whose bounds and initialization they know. ``check.py drive WHAT`` is the
 program that they watch.
 """
 
@@ -50,7 +50,7 @@ def drive(what, dry_run):
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     device = "cpu" if dry_run else "cuda"
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT))
     for name in what.split(","):
         for line in drive_decode(device) if name == "decode" else drive_adjust_pool(name, device):
             print(line, flush=True)
@@ -87,10 +87,10 @@ def strategies():
 
 def drive_adjust_pool(name, device):
     import torch
-    from helpers import relative_error
 
     from amil_fast.kernels import adjust_pool_launch
-    from amil_fast.ops._adjust_pool_reference import adjust_pool_reference
+    from amil_fast.ops.adjust_pool_reference import adjust_pool_reference
+    from tests.helpers import relative_error
 
     for i, (bags, D, how, plan, backward_plan) in enumerate(strategies()[name]):
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
@@ -128,7 +128,7 @@ def drive_adjust_pool(name, device):
 
 def drive_decode(device):
     import torch
-    from decode_cases import REFINEMENTS, make_maps
+    from tests.ops.helpers import REFINEMENTS, make_maps
 
     from amil_fast import decode_heatmaps
 
@@ -209,7 +209,10 @@ def tests(options, budget, results):
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
     for name, arguments in (
         ("gpu tests", ["-m", "gpu"]),
-        ("Triton tests", ["tests/test_adjust_pool_triton.py", *(["-k", "test_launches"] if options.dry_run else [])]),
+        (
+            "Triton tests",
+            ["tests/ops/test_adjust_pool_triton.py", *(["-k", "test_launches"] if options.dry_run else [])],
+        ),
     ):
         log = options.out / f"{name.replace(' ', '_')}.log"
         status, seconds, output = run([*pytest_command(workers), *arguments], log, budget.left(), **threads)

@@ -4,7 +4,7 @@
 
 Rivals of adjust_pool: the reference with autograd ("eager"), torch.compile of it, the same with max-autotune (without
 its own CUDA graphs: everything here is captured), and T calls of scaled_dot_product_attention. Of decode_heatmaps:
-vectorised PyTorch on the GPU in float32, torch.compile of it, and the peers' NumPy and OpenCV on the CPU with the copy
+vectorized PyTorch on the GPU in float32, torch.compile of it, and the peers' NumPy and OpenCV on the CPU with the copy
 to the host.
 
 Bytes that must move at least, F the instances, dF their gradient:
@@ -104,7 +104,7 @@ def make_rivals(case, device, names, dry_run):
     from test_adjust_pool import attention_formulation
 
     import amil_fast
-    from amil_fast.ops._adjust_pool_reference import adjust_pool_reference
+    from amil_fast.ops.adjust_pool_reference import adjust_pool_reference
 
     cu_seqlens = None
     if case.lengths:
@@ -172,7 +172,7 @@ def errors(case, x, upstream, results):
     """
     import torch
 
-    from amil_fast.ops._adjust_pool_reference import adjust_pool_reference
+    from amil_fast.ops.adjust_pool_reference import adjust_pool_reference
 
     def reference(first, last, a, b, dtype):
         f = x.view(-1, case.D)[first:last].view(b - a, -1, case.D).to(dtype).requires_grad_()
@@ -354,7 +354,7 @@ def overhead(device, results):
     """Tiny bags (16, 8, 32): what a call costs whatever it computes; beside it one softmax and one bmm, and eager."""
     import torch
 
-    from amil_fast.ops._adjust_pool_reference import adjust_pool_reference
+    from amil_fast.ops.adjust_pool_reference import adjust_pool_reference
 
     import amil_fast  # isort: skip
 
@@ -382,11 +382,11 @@ def decode_functions():
 
 
 def torch_decode(maps, refine="none", convention="hrnet", flipped=None, order=None):
-    """Vectorised PyTorch as one would write it: whole maps averaged, blurred and logged, a few gathers; float32."""
+    """Vectorized PyTorch as one would write it: whole maps averaged, blurred and logged, a few gathers; float32."""
     import torch
     import torch.nn.functional as F
 
-    from amil_fast.ops import _decode_reference as small  # the few values around the peak
+    from amil_fast.ops import decode_heatmaps_reference as small  # the few values around the peak
 
     h = maps.float()
     if flipped is not None:

@@ -207,7 +207,7 @@ class Problem:
 
 
 def poisoned(call):
-    """The result of a call while uninitialised memory holds NaN."""
+    """The result of a call while uninitialized memory holds NaN."""
     import torch
 
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -246,7 +246,7 @@ def measure(device, problem, backward, plans, tolerance):
 # ---- what follows ----
 
 
-def normalised(plan):
+def normalized(plan):
     """(strategy, knob) -> value, in the terms of :class:`Limits`."""
     found = {}
     if plan["on_chip"] is not None:
@@ -295,7 +295,7 @@ def proposals(configurations):
         base = current.get((row["case"], row["dtype"], row["pass"]))
         if "median_us" not in row or base is None or "median_us" not in base:
             continue
-        ours, theirs = normalised(row["plan"]), normalised(base["plan"])
+        ours, theirs = normalized(row["plan"]), normalized(base["plan"])
         changed = [key for key in ours if key in theirs and ours[key] != theirs[key]]
         if row is base:
             changed = list(ours)

@@ -1,6 +1,6 @@
 """Trains the pose model on a packed data set with ``amil train``, in time, and brings back what is worth keeping.
 
-    python benchmarks/gpu/train.py --packed lspet.pack --out DIR --minutes 9 [--epochs 100] [--resume] [-- MORE OPTIONS]
+    python benchmarks/gpu/train.py --archive lspet.pack --out DIR --minutes 9 [--epochs 100] [--resume] [-- OPTIONS]
 
 What stands after ``--`` goes to ``amil train`` (``amil train --help``). The run's folder (``--run``) is outside DIR and
 may be large; DIR receives the best generator in half precision, the history, the summary, curves and overlays, a few
@@ -29,7 +29,7 @@ def drive(facts_file, arguments):
     import torch
 
     from amil_fast.cli import main as amil
-    from amil_fast.data.loader import PoseLoader
+    from amil_fast.pose.data.loader import PoseLoader
 
     iterate, facts = PoseLoader.__iter__, {"waited_s": 0.0, "batches": 0}
 
@@ -63,11 +63,18 @@ def train_arguments(options, more):
     arguments = ["--out", str(options.run), "--epochs", str(options.epochs)]
     if options.dry_run:
         arguments += ["--preset", "demo", "--batch-size", "8", "--input-size", "64", "--checkpoint-minutes", "1"]
-        arguments += ["--set", "data.drawn=32", "--set", "data.drawn_validation=16", "--set", "run.evaluate_every=1"]
+        arguments += [
+            "--set",
+            "data.synthetic=32",
+            "--set",
+            "data.synthetic_validation=16",
+            "--set",
+            "run.evaluate_every=1",
+        ]
     else:
-        if options.packed is None:
-            raise SystemExit("--packed: expected a file written by `amil pack`")
-        arguments += ["--preset", options.preset, "--packed", str(options.packed), "--precision", "bf16"]
+        if options.archive is None:
+            raise SystemExit("--archive: expected a file written by `amil pack`")
+        arguments += ["--preset", options.preset, "--archive", str(options.archive), "--precision", "bf16"]
         arguments += ["--batch-size", "64", "--input-size", "256", "--checkpoint-minutes", "2"]
         arguments += ["--set", f"data.holdout={options.holdout}", "--set", "run.evaluate_every=5"]
     return arguments + (["--resume"] if options.resume else []) + more
@@ -154,7 +161,7 @@ def main():
         arguments = arguments[: arguments.index("--")]
 
     def extend(parser):
-        parser.add_argument("--packed", type=Path, help="file written by `amil pack`")
+        parser.add_argument("--archive", type=Path, help="file written by `amil pack`")
         parser.add_argument("--preset", default="lspet-small")
         parser.add_argument("--holdout", type=int, default=500, help="people kept back for validation, the last ones")
         parser.add_argument("--epochs", type=int, default=100)
@@ -169,7 +176,7 @@ def main():
             shutil.rmtree(options.run, ignore_errors=True)
     # The absolute path is that of this process's working directory, not of the project's root.
     options.run, options.out = options.run.resolve(), options.out.resolve()
-    options.packed = options.packed and options.packed.resolve()
+    options.archive = options.archive and options.archive.resolve()
     results = Results(options, "train", {"machine": machine(open_device(options)), "minutes": options.minutes})
     status, stopped, seconds, facts = run(options, budget, more)
     history = read_history(options.run)

@@ -1,0 +1,1 @@
+"""Multiple-instance learning on feature vectors: bag files, training, cross-validation."""

@@ -1,0 +1,241 @@
+"""Feature extractors: an image in, a feature map at a quarter of its resolution out."""
+
+import re
+
+from torch import nn
+from torch.nn import functional as F
+
+
+def make_backbone(name, features):
+    """A backbone by name, with ``features`` channels out.
+
+    ``resnet18``, ``resnet18s``, ``resnet34``, ``resnet50``: :class:`ResNetBackbone`; ``hourglassS`` (S a number): S
+    stacked hourglasses, :class:`HourglassBackbone`.
+    """
+    if name in _RESNETS:
+        return ResNetBackbone(name, features)
+    if match := re.fullmatch(r"hourglass([1-9]\d?)", str(name)):
+        return HourglassBackbone(int(match[1]), features)
+    raise ValueError(f"backbone: expected one of {', '.join(map(repr, _RESNETS))}, 'hourglass1', ..., got {name!r}")
+
+
+class ResNetBackbone(nn.Module):
+    """A ResNet whose four stages are merged from coarse to fine (a feature pyramid's top-down path).
+
+    The ResNet's parameters carry torchvision's names, so that :meth:`load_resnet` takes ImageNet weights. At each
+    merge the coarser map is enlarged twofold (nearest), added to the stage's 1 × 1 projection, and smoothed by a 3 × 3
+    convolution.
+
+    Args:
+        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage is as
+            wide as its third, 256 channels. In a ResNet-18 that stage holds three quarters of the parameters, for maps
+            of 4 × 4 pixels where crops have 128; there are no ImageNet weights for this one.
+        features: channels of the feature map.
+
+    ``backbone(images (B, 3, H, W)) -> (B, features, H/4, W/4)``; H and W are multiples of 32.
+
+    Sources: He et al., CVPR 2016; Lin et al., FPN, CVPR 2017; Xiao et al., Simple Baselines, ECCV 2018.
+    """
+
+    def __init__(self, name, features):
+        super().__init__()
+        block, depths, channels_of = _RESNETS[name]
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width, widths = 64, []
+        for stage, (depth, channels) in enumerate(zip(depths, channels_of, strict=True)):
+            blocks = []
+            for number in range(depth):
+                blocks.append(block(width, channels, stride=2 if stage and not number else 1))
+                width = channels * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            widths.append(width)
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, features, 1) for channels in widths)
+        self.smooth = nn.ModuleList(_conv_norm_relu(features, features) for _ in widths[:-1])
+        _initialize(self)
+
+    def forward(self, images):
+        _check_multiple(images, 32)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        stages = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            stages.append(x)
+        y = self.lateral[-1](stages[-1])
+        for level in (2, 1, 0):
+            y = self.smooth[level](_double(y) + self.lateral[level](stages[level]))
+        return y
+
+    def load_resnet(self, path):
+        """ImageNet weights of the same ResNet, in torchvision's names, from a safetensors file; its classifier
+        (``fc.*``) is left out.
+
+        Raises:
+            ValueError: not a safetensors file, or the weights of another network.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: expected a safetensors file of ResNet weights ({error})") from None
+        weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        own = {name: value.shape for name, value in self.state_dict().items() if not name.startswith(("lat", "smo"))}
+        wrong = [name for name in sorted(own.keys() | weights.keys()) if own.get(name) != _shape(weights.get(name))]
+        wrong = [name for name in wrong if not (name.endswith("num_batches_tracked") and name not in weights)]
+        if wrong:
+            raise ValueError(
+                f"{path}: not the weights of this ResNet: {len(wrong)} parameters differ, first {wrong[0]}"
+            )
+        self.load_state_dict(weights, strict=False)
+
+
+class _BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, width, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = _shortcut(width, channels, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class _Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, width, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, channels * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.downsample = _shortcut(width, channels * self.expansion, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+_RESNETS = {
+    "resnet18": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet18s": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 256)),
+    "resnet34": (_BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet50": (_Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
+}
+
+
+class HourglassBackbone(nn.Module):
+    """Stacked hourglasses (Newell et al., ECCV 2016), without their heatmap heads: the generator's blocks supervise.
+
+    ``backbone(images (B, 3, H, W)) -> (B, features, H/4, W/4)``; H and W are multiples of 64.
+    """
+
+    def __init__(self, stacks, features):
+        super().__init__()
+        self.stem = nn.Sequential(
+            _conv_norm_relu(3, 64, 7, stride=2),
+            Residual(64, features // 2),
+            nn.MaxPool2d(2),
+            Residual(features // 2, features),
+        )
+        self.stacks = nn.ModuleList(
+            nn.Sequential(Hourglass(features, 4), Residual(features, features)) for _ in range(stacks)
+        )
+        _initialize(self)
+
+    def forward(self, images):
+        _check_multiple(images, 64)
+        y = self.stem(images)
+        for stack in self.stacks:
+            y = y + stack(y)
+        return y
+
+
+class Hourglass(nn.Module):
+    """Down ``depth`` times by 2 and up again.
+
+    Args:
+        features: channels in and out.
+        depth: number of halvings.
+        skip: carry every resolution past the coarser ones, as Newell et al. do. Without, all that comes out has gone
+            through the coarsest map: an autoencoder.
+    """
+
+    def __init__(self, features, depth, skip=True):
+        super().__init__()
+        self.skip = Residual(features, features) if skip else None
+        self.down = Residual(features, features)
+        self.inner = Hourglass(features, depth - 1, skip) if depth > 1 else Residual(features, features)
+        self.up = Residual(features, features)
+
+    def forward(self, x):
+        y = _double(self.up(self.inner(self.down(F.max_pool2d(x, 2)))))
+        return y if self.skip is None else y + self.skip(x)
+
+
+class Residual(nn.Module):
+    """Newell's pre-activated bottleneck: 1 × 1 to half the width, 3 × 3, 1 × 1, added to the input (projected where
+    the width changes)."""
+
+    def __init__(self, width, features):
+        super().__init__()
+        half = max(1, features // 2)
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, half, 1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(),
+            nn.Conv2d(half, half, 3, padding=1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(),
+            nn.Conv2d(half, features, 1),
+        )
+        self.projection = nn.Conv2d(width, features, 1) if width != features else None
+
+    def forward(self, x):
+        return self.layers(x) + (x if self.projection is None else self.projection(x))
+
+
+def _shortcut(width, channels, stride):
+    if stride == 1 and width == channels:
+        return None
+    return nn.Sequential(nn.Conv2d(width, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
+
+
+def _conv_norm_relu(width, features, size=3, stride=1):
+    convolution = nn.Conv2d(width, features, size, stride=stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(features), nn.ReLU())
+
+
+def _initialize(module):
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def _double(x):
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _check_multiple(images, factor):
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise ValueError(
+            f"images: expected shape (B, 3, H, W) with H and W multiples of {factor}, got {tuple(images.shape)}"
+        )
+
+
+def _shape(tensor):
+    return None if tensor is None else tensor.shape

@@ -1,0 +1,1 @@
+"""Training of the pose model: configuration, trainer, checkpoints, ablation."""

@@ -1,1 +1,0 @@
-"""Training loops, configuration and checkpoints."""

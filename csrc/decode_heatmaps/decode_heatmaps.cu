@@ -1,0 +1,365 @@
+// Heatmap decoding on CUDA: one launch, each map read once.
+//
+// A group of threads takes one map: a warp where maps are small, else a block of 128 or 256 threads. It finds the
+// maximum (16-byte loads where the map is contiguous and aligned), then computes the few blurred values around it from
+// the map's window, which the caches still hold. What is computed is in decode_joint.h, in the same order of operations
+// as on the CPU; -fmad=false (setup.py) makes it the same bits.
+//
+// tests/ops/test_decode_cuda_on_cpu.py runs this file on the CPU: keep to the CUDA calls that tests/ops/cuda_on_cpu provides,
+// or extend it.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "decode_heatmaps/decode_heatmaps.h"
+
+namespace amil {
+namespace {
+__host__ __device__ __forceinline__ float widen(float x) { return x; }
+__host__ __device__ __forceinline__ double widen(double x) { return x; }
+__host__ __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__host__ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+}  // namespace
+}  // namespace amil
+// needs widen()
+#include "decode_heatmaps/decode_joint.h"
+
+namespace amil {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kBlockThreads = 128, kMaxBlockThreads = 256;
+constexpr int kLaunchJoints = 512;  // joints of one launch where `flipped` is given: the swap table travels by value
+constexpr int kVectorBytes = 16;
+
+// All that a launch needs, passed by value (less than 4 KiB): no copy to the device, nothing to keep alive, so a CUDA
+// graph may replay it.
+template <class T>
+struct Launch {
+    DecodeCall call;
+    int64_t first_joint, joints;  // this launch's part of the K joints
+    int group;                    // threads per map: kWarp, or all of a block
+    int buffer;                   // elements of T in shared memory that the blur of one map has; 0 without a blur
+    int radius;
+    T weights[kMaxBlurRadius + 1];
+    int swap[kLaunchJoints];
+};
+
+// Shared memory of one group; the blur's buffer follows.
+template <class T>
+struct Shared {
+    T logs[16];
+    T values[kMaxBlockThreads / kWarp];
+    int indices[kMaxBlockThreads / kWarp];
+    int flags[kMaxBlockThreads / kWarp];
+    int touched;
+    int padding[3];
+};
+
+// The threads that share a map.
+struct Group {
+    int size, rank;
+    __device__ __forceinline__ void sync() const {
+        if (size == kWarp)
+            __syncwarp();
+        else
+            __syncthreads();
+    }
+};
+
+template <class T>
+struct Peak {
+    T value;
+    int index;
+    bool nan;
+
+    // A thread offers its pixels in ascending order, so the first of equal ones stays.
+    __device__ __forceinline__ void offer(T v, int i) {
+        nan |= v != v;
+        if (v > value) value = v, index = i;
+    }
+};
+
+// The best of all threads' peaks, in all threads.
+template <class T>
+__device__ Peak<T> reduce(const Group& group, Peak<T> peak, Shared<T>& shared) {
+    for (int distance = kWarp / 2; distance; distance /= 2) {
+        const T value = __shfl_xor_sync(kAllLanes, peak.value, distance);
+        const int index = __shfl_xor_sync(kAllLanes, peak.index, distance);
+        if (beats(value, index, peak.value, peak.index)) peak.value = value, peak.index = index;
+    }
+    peak.nan = __any_sync(kAllLanes, peak.nan);
+    if (group.size == kWarp) return peak;
+    const int warp = group.rank / kWarp;
+    if (group.rank % kWarp == 0) {
+        shared.values[warp] = peak.value;
+        shared.indices[warp] = peak.index;
+        shared.flags[warp] = peak.nan;
+    }
+    group.sync();
+    for (int w = 0; w < group.size / kWarp; ++w) {
+        if (beats(shared.values[w], shared.indices[w], peak.value, peak.index))
+            peak.value = shared.values[w], peak.index = shared.indices[w];
+        peak.nan |= shared.flags[w] != 0;
+    }
+    group.sync();
+    return peak;
+}
+
+__device__ __forceinline__ bool aligned(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+// Elements of one 16-byte load.
+template <class In>
+struct alignas(kVectorBytes) Vector {
+    static constexpr int kSize = kVectorBytes / sizeof(In);
+    In elements[kSize];
+};
+
+// Offers the map, and the mirrored map averaged in, by loads of 16 bytes, of which kInFlight are on their way at a
+// time.
+template <bool kMirror, class In, class T>
+__device__ __forceinline__ void search_vectors(const MapView<In>& map, int count, int row, const Group& group,
+                                               Peak<T>& peak) {
+    constexpr int V = Vector<In>::kSize, kInFlight = kMirror ? 1 : 2;
+    const Vector<In>* vectors = reinterpret_cast<const Vector<In>*>(map.map);
+    const Vector<In>* mirror = reinterpret_cast<const Vector<In>*>(map.mirror);
+#pragma unroll 1
+    for (int first = group.rank; first < count; first += kInFlight * group.size) {
+        Vector<In> loaded[kInFlight], mirrored[kInFlight];
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+            const int v = first + u * group.size;
+            if (v >= count) continue;
+            loaded[u] = vectors[v];
+            if (kMirror) mirrored[u] = mirror[v / row * row + (row - 1 - v % row)];
+        }
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+            const int v = first + u * group.size;
+            if (v >= count) continue;
+#pragma unroll
+            for (int e = 0; e < V; ++e) {
+                T value = widen(loaded[u].elements[e]);
+                if (kMirror) value = MapView<In>::average(value, widen(mirrored[u].elements[V - 1 - e]));
+                peak.offer(value, v * V + e);
+            }
+        }
+    }
+}
+
+// Each thread's best pixel of its share of the map.
+template <class In, class T>
+__device__ __forceinline__ Peak<T> search(const MapView<In>& map, int H, int W, const Group& group) {
+    constexpr int V = Vector<In>::kSize;
+    const int n = H * W;
+    Peak<T> peak = {-static_cast<T>(INFINITY), 0, false};
+    int p = group.rank;
+    if (map.stride_x == 1 && map.stride_y == W && aligned(map.map)) {
+        if (!map.mirror) {
+            search_vectors<false>(map, n / V, W, group, peak);
+            p += n / V * V;
+        } else if (map.mirror_stride_x == 1 && map.mirror_stride_y == W && aligned(map.mirror) && W % V == 0 &&
+                   !map.shift) {
+            search_vectors<true>(map, n / V, W / V, group, peak);
+            p += n;
+        }
+    }
+#pragma unroll 1
+    for (; p < n; p += group.size) peak.offer(map.at(p / W, p % W), p);
+    return peak;
+}
+
+// The map blurred along y at (y, x), x possibly outside.
+template <class In, class T>
+__device__ T blur_column(const MapView<In>& map, int H, int W, const Launch<T>& launch, int y, int x) {
+    T sum = 0;
+    if (x < 0 || x >= W) return sum;
+    const int radius = launch.radius;
+#pragma unroll 4
+    for (int t = max(0, radius - y); t <= min(2 * radius, H - 1 + radius - y); ++t)
+        sum += launch.weights[abs(t - radius)] * map.at(y + t - radius, x);
+    return sum;
+}
+
+// The blur along x of 2 radius + 1 values in a row.
+template <class T>
+__device__ T blur_row(const T* row, const Launch<T>& launch) {
+    const int radius = launch.radius;
+    T sum = 0;
+#pragma unroll 4
+    for (int t = 0; t <= 2 * radius; ++t) sum += launch.weights[abs(t - radius)] * row[t];
+    return sum;
+}
+
+// The maximum of the whole blurred map, in all threads: tile by tile through the buffer.
+template <class In, class T>
+__device__ T blurred_maximum(const MapView<In>& map, int H, int W, const Launch<T>& launch, const Group& group,
+                             Shared<T>& shared, T* buffer) {
+    const int halo = 2 * launch.radius;
+    const int tile_width = min(W, launch.buffer - halo), tile_height = launch.buffer / (tile_width + halo);
+    Peak<T> best = {-static_cast<T>(INFINITY), 0, false};
+#pragma unroll 1
+    for (int y0 = 0; y0 < H; y0 += tile_height) {
+#pragma unroll 1
+        for (int x0 = 0; x0 < W; x0 += tile_width) {
+            const int width = min(tile_width, W - x0), columns = width + halo, rows = min(tile_height, H - y0);
+#pragma unroll 1
+            for (int i = group.rank; i < rows * columns; i += group.size)
+                buffer[i] = blur_column(map, H, W, launch, y0 + i / columns, x0 - launch.radius + i % columns);
+            group.sync();
+#pragma unroll 1
+            for (int i = group.rank; i < rows * width; i += group.size) {
+                const T value = blur_row(buffer + i / width * columns + i % width, launch);
+                if (value > best.value) best.value = value;
+            }
+            group.sync();
+        }
+    }
+    return reduce(group, best, shared).value;
+}
+
+// The step of DARK or UDP, valid in the group's thread 0.
+template <class In, class T>
+__device__ Step<T> blur_step(const MapView<In>& map, const Launch<T>& launch, const Group& group, Shared<T>& shared,
+                             T* buffer, T maximum, int x, int y) {
+    const Refine refine = launch.call.refine;
+    const int H = launch.call.H, W = launch.call.W;
+    const int reach = stencil_reach(refine), rows = 2 * reach + 1, columns = rows + 2 * launch.radius;
+    const int n = stencil_size(refine), i = group.rank;
+#pragma unroll 1
+    for (int j = group.rank; j < rows * columns; j += group.size) {
+        const int row = y - reach + j / columns;
+        buffer[j] =
+            row < 0 || row >= H ? T(0) : blur_column(map, H, W, launch, row, x - reach - launch.radius + j % columns);
+    }
+    group.sync();
+    T value = 0;
+    if (i < kWarp) {
+        bool touched = false;
+        if (i < n) {
+            const int row = reach + stencil_y(refine, i, y, H), column = reach + stencil_x(refine, i, x, W);
+            value = blur_row(buffer + row * columns + column, launch);
+            touched = clamp_may_touch(refine, value, maximum);
+        }
+        touched = __any_sync(kAllLanes, touched);
+        if (i == 0) shared.touched = touched;
+    }
+    group.sync();
+    T factor = 1;
+    if (shared.touched) factor = maximum / blurred_maximum(map, H, W, launch, group, shared, buffer);
+    Step<T> step = {0, 0};
+    if (i < kWarp) {
+        if (i < n) shared.logs[i] = rescale_and_clamp(refine, value, factor);
+        __syncwarp();
+        const int exponent = exponent_of(shared.logs[0]);
+        __syncwarp();
+        if (i < n) shared.logs[i] = log_less_exponent(shared.logs[i], exponent);
+        __syncwarp();
+        if (i == 0) step = newton_step(refine, shared.logs);
+    }
+    return step;
+}
+
+template <class In, class T>
+__global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __grid_constant__ Launch<T> launch) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    const DecodeCall& call = launch.call;
+    const Group group = {launch.group, static_cast<int>(threadIdx.x) % launch.group};
+    const int groups = blockDim.x / launch.group, group_in_block = threadIdx.x / launch.group;
+    const int64_t bytes = sizeof(Shared<T>) + launch.buffer * sizeof(T);
+    Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_memory + group_in_block * bytes);
+    T* buffer = reinterpret_cast<T*>(&shared + 1);
+    const int64_t m = static_cast<int64_t>(blockIdx.x) * groups + group_in_block;
+    if (m >= call.B * launch.joints) return;  // a warp of the last block; only warps share a block with others
+    const int64_t b = m / launch.joints, joint = m % launch.joints, k = launch.first_joint + joint;
+    const MapView<In> map(call, b, k, call.flipped ? launch.swap[joint] : 0);
+    Peak<T> peak = reduce(group, search<In, T>(map, call.H, call.W, group), shared);
+    if (peak.nan) peak.value = NAN, peak.index = 0;
+    const int x = peak.index % call.W, y = peak.index / call.W;
+    Step<T> step = {0, 0};
+    if (peak.value > 0) {
+        if (call.refine == Refine::quarter)
+            step = quarter_step<T>(map, call.convention, call.H, call.W, x, y);
+        else if (refines_by_blur(call.refine, call.H, call.W, x, y, peak.value))
+            step = blur_step(map, launch, group, shared, buffer, peak.value, x, y);
+    }
+    if (group.rank == 0) write_joint(call, b, k, peak.value, x, y, step);
+}
+
+void check(cudaError_t status) {
+    if (status != cudaSuccess)
+        throw std::runtime_error(std::string("decode_heatmaps on CUDA: ") + cudaGetErrorString(status));
+}
+
+template <class In>
+void launch_all(const DecodeCall& call, cudaStream_t stream) {
+    typedef typename AccumulationOf<In>::type T;
+    Launch<T> launch;
+    launch.call = call;
+    launch.call.swap = nullptr;  // host memory
+    const int64_t pixels = static_cast<int64_t>(call.H) * call.W;
+    // A warp per map up to 1024 pixels (8 loads of 16 bytes per lane for float32): a block's threads would have one
+    // load each or none. 256 threads from 96 x 96 on, where 128 would take more than four rounds of loads.
+    launch.group = pixels <= 1024 ? kWarp : pixels < 9216 ? kBlockThreads : kMaxBlockThreads;
+    const int threads = std::max(launch.group, kBlockThreads), groups = threads / launch.group;
+    const BlurWeights blur = blur_weights(call.blur_kernel);
+    launch.radius = blur.radius;
+    for (int d = 0; d <= blur.radius; ++d) launch.weights[d] = static_cast<T>(blur.weights[d]);
+    launch.buffer = 0;
+    if (call.refine >= Refine::dark) {
+        const int window = 5 * (5 + 2 * blur.radius);  // DARK's five rows; more than a row of any tile's halo
+        launch.buffer = (std::max(window, launch.group == kWarp ? 256 : 1024) + 3) / 4 * 4;
+    }
+    const size_t shared_bytes = groups * (sizeof(Shared<T>) + launch.buffer * sizeof(T));
+
+    const int64_t step = call.flipped ? kLaunchJoints : call.K;
+    for (int64_t first = 0; first < call.K; first += step) {
+        launch.first_joint = first;
+        launch.joints = std::min(step, call.K - first);
+        if (call.flipped)
+            for (int64_t j = 0; j < launch.joints; ++j) launch.swap[j] = static_cast<int>(call.swap[first + j]);
+        const int64_t blocks = (call.B * launch.joints + groups - 1) / groups;
+        void* arguments[] = {&launch};
+        if (blocks > INT32_MAX) throw std::runtime_error("decode_heatmaps on CUDA: more than 2^31 - 1 blocks of maps");
+        check(cudaLaunchKernel(&decode_kernel<In, T>, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
+                               shared_bytes, stream));
+    }
+}
+
+}  // namespace
+
+void decode_heatmaps_cuda(const DecodeCall& call, int device, void* stream) {
+    if (call.B * call.K == 0) return;
+    int previous;
+    check(cudaGetDevice(&previous));
+    if (previous != device) check(cudaSetDevice(device));
+    const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+    try {
+        switch (call.dtype) {
+            case Dtype::float64:
+                launch_all<double>(call, cuda_stream);
+                break;
+            case Dtype::float16:
+                launch_all<__half>(call, cuda_stream);
+                break;
+            case Dtype::bfloat16:
+                launch_all<__nv_bfloat16>(call, cuda_stream);
+                break;
+            default:
+                launch_all<float>(call, cuda_stream);
+        }
+    } catch (...) {
+        if (previous != device) cudaSetDevice(previous);
+        throw;
+    }
+    if (previous != device) check(cudaSetDevice(previous));
+}
+
+}  // namespace amil

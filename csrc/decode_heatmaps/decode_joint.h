@@ -1,0 +1,256 @@
+// The arithmetic of heatmap decoding for one joint, shared by the CPU (csrc/decode_heatmaps/simd/decode_maps.cpp) and CUDA
+// (csrc/decode_heatmaps/decode_heatmaps.cu). Both compile it without fused multiply-adds, so both get the same bits.
+//
+// The including file provides `widen(In)`, which turns an element of a map into acc, before it includes this header.
+// Everything is in an unnamed namespace: simd/ is compiled once per instruction set, and the linker must not merge
+// the copies.
+//
+// DARK and UDP take a Newton step on the logarithm L of the Gaussian-blurred map B at its maximum. The peers blur the
+// whole map, rescale it to its old maximum, R = B max(h) / max(B), clamp R to [low, high] and take the logarithm. Only
+// the differences of a few L around the peak matter. As log R = log B + constant, the scale cancels unless the clamp
+// touches one of these few values. It can't if they are all >= low and max(h) <= high, for max(B) <= max(h) (the
+// weights sum to 1, zeros surround the map) and so B <= R <= max(h). In all other cases max(B) is needed, and with it
+// the whole blurred map.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "decode_heatmaps/decode_heatmaps.h"
+
+#ifdef __CUDACC__
+#define AMIL_HD __host__ __device__ __forceinline__
+#else
+#define AMIL_HD inline
+#endif
+
+namespace amil {
+namespace {
+
+// ---- reading ----
+
+template <class In>
+struct AccumulationOf {
+    typedef float type;
+};
+template <>
+struct AccumulationOf<double> {
+    typedef double type;
+};
+
+// One joint's map, averaged with that of the mirrored crop if there is one.
+template <class In>
+struct MapView {
+    typedef typename AccumulationOf<In>::type T;
+    const In* map;
+    int64_t stride_y, stride_x;
+    const In* mirror;  // nullptr: none
+    int64_t mirror_stride_y, mirror_stride_x;
+    int W;
+    bool shift;
+
+    AMIL_HD MapView(const DecodeCall& call, int64_t b, int64_t k, int64_t swapped) {
+        map = static_cast<const In*>(call.heatmaps) + b * call.stride_b + k * call.stride_k;
+        stride_y = call.stride_y, stride_x = call.stride_x;
+        mirror = nullptr;
+        if (call.flipped)
+            mirror = static_cast<const In*>(call.flipped) + b * call.flipped_stride_b + swapped * call.flipped_stride_k;
+        mirror_stride_y = call.flipped_stride_y, mirror_stride_x = call.flipped_stride_x;
+        W = call.W, shift = call.shift_flipped;
+    }
+
+    // The mirrored map's column that falls on column x. A shift leaves column 0 where it is, as HRNet does.
+    AMIL_HD int mirror_column(int x) const { return W - 1 - x + (shift && x > 0); }
+
+    AMIL_HD T at(int y, int x) const {
+        const T value = widen(map[y * stride_y + x * stride_x]);
+        if (!mirror) return value;
+        return average(value, widen(mirror[y * mirror_stride_y + mirror_column(x) * mirror_stride_x]));
+    }
+
+    static AMIL_HD T average(T a, T b) { return (a + b) * T(0.5); }
+};
+
+// The order of candidates for the maximum: the greater value, of equal values the lower flat index.
+template <class T>
+AMIL_HD bool beats(T value, int64_t index, T other_value, int64_t other_index) {
+    return value > other_value || (value == other_value && index < other_index);
+}
+
+// ---- refinement ----
+
+template <class T>
+struct Step {
+    T x, y;
+};
+
+template <class T>
+AMIL_HD T quarter_sign(T difference) {  // 0 for NaN
+    return T(0.25) * T((difference > 0) - (difference < 0));
+}
+
+// A quarter of a pixel toward the greater neighbor. `map.at(y, x)` reads.
+template <class T, class Map>
+AMIL_HD Step<T> quarter_step(const Map& map, Convention convention, int H, int W, int x, int y) {
+    const bool inner_x = 1 < x && x < W - 1, inner_y = 1 < y && y < H - 1;
+    const bool each = convention == Convention::mmpose;  // each coordinate for itself, or both together
+    const bool along_x = inner_x && (each ? 0 < y : inner_y), along_y = inner_y && (each ? 0 < x : inner_x);
+    Step<T> step = {0, 0};
+    if (along_x) step.x = quarter_sign<T>(map.at(y, x + 1) - map.at(y, x - 1));
+    if (along_y) step.y = quarter_sign<T>(map.at(y + 1, x) - map.at(y - 1, x));
+    return step;
+}
+
+// Whether DARK or UDP refines a maximum at (x, y); never where it is infinite.
+template <class T>
+AMIL_HD bool refines_by_blur(Refine refine, int H, int W, int x, int y, T maximum) {
+    if (!(maximum - maximum == 0)) return false;
+    if (refine == Refine::dark) return 1 < x && x < W - 2 && 1 < y && y < H - 2;
+    return refine == Refine::dark_udp;
+}
+
+// The pixels around the peak whose logarithms are used: the first 7 by UDP, all 13 by DARK.
+constexpr int kStencil = 13;
+AMIL_HD int stencil_size(Refine refine) { return refine == Refine::dark ? 13 : 7; }
+AMIL_HD int stencil_reach(Refine refine) { return refine == Refine::dark ? 2 : 1; }
+AMIL_HD int stencil_dx(int i) {
+    constexpr signed char dx[kStencil] = {0, 1, -1, 0, 0, 1, -1, -1, 1, 2, -2, 0, 0};
+    return dx[i];
+}
+AMIL_HD int stencil_dy(int i) {
+    constexpr signed char dy[kStencil] = {0, 0, 0, 1, -1, 1, -1, 1, -1, 0, 0, 2, -2};
+    return dy[i];
+}
+// Point i of the stencil at a peak (x, y), relative to it. UDP goes on past the edge with the edge's own values.
+AMIL_HD int clamp_to_edge(int offset, int position, int size) {
+    return position + offset < 0 ? -position : position + offset >= size ? size - 1 - position : offset;
+}
+AMIL_HD int stencil_x(Refine refine, int i, int x, int W) {
+    return refine == Refine::dark ? stencil_dx(i) : clamp_to_edge(stencil_dx(i), x, W);
+}
+AMIL_HD int stencil_y(Refine refine, int i, int y, int H) {
+    return refine == Refine::dark ? stencil_dy(i) : clamp_to_edge(stencil_dy(i), y, H);
+}
+
+template <class T>
+AMIL_HD T clamp_low(Refine refine) {
+    return refine == Refine::dark ? T(1e-10) : T(1e-3);
+}
+template <class T>
+AMIL_HD T clamp_high(Refine refine) {  // DARK has none
+    return refine == Refine::dark ? T(sizeof(T) == 8 ? 1e308 : 3e38) : T(50);
+}
+// Whether the clamp may touch this value of the blurred map, given the map's maximum (see the top of the file).
+template <class T>
+AMIL_HD bool clamp_may_touch(Refine refine, T blurred, T maximum) {
+    return !(blurred >= clamp_low<T>(refine) && maximum <= clamp_high<T>(refine));
+}
+template <class T>
+AMIL_HD T rescale_and_clamp(Refine refine, T blurred, T factor) {
+    const T low = clamp_low<T>(refine), high = clamp_high<T>(refine), value = blurred * factor;
+    return value > low ? (value < high ? value : high) : low;  // NaN becomes low
+}
+
+// log(v) for normal v > 0, less `exponent` log 2. Written out so that every compiler gets the same bits from it. With v
+// = 2^e m, sqrt(1/2) <= m < sqrt(2), and s = (m - 1) / (m + 1): log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), cut where it
+// is exact to the last place but one. Taking the exponent of the peak off first keeps the differences accurate for tiny
+// maps as well.
+AMIL_HD int32_t bits_of(float v) {
+    int32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+AMIL_HD int64_t bits_of(double v) {
+    int64_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+AMIL_HD int exponent_of(float v) { return (bits_of(v) - 0x3f3504f3) >> 23; }  // 0x3f3504f3: sqrt(1/2)
+AMIL_HD int exponent_of(double v) { return static_cast<int>((bits_of(v) - 0x3fe6a09e667f3bcd) >> 52); }
+AMIL_HD float log_less_exponent(float v, int exponent) {
+    const int e = exponent_of(v);
+    const int32_t bits = bits_of(v) - (e << 23);
+    float m;
+    memcpy(&m, &bits, sizeof m);
+    const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
+    const float series = z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9))));
+    return static_cast<float>(e - exponent) * 0.693147181f + (2.0f * s + s * series);
+}
+AMIL_HD double log_less_exponent(double v, int exponent) {
+    const int e = exponent_of(v);
+    const int64_t bits = bits_of(v) - (static_cast<int64_t>(e) << 52);
+    double m;
+    memcpy(&m, &bits, sizeof m);
+    const double s = (m - 1.0) / (m + 1.0), z = s * s;
+    double series = 2.0 / 21;
+    for (int odd = 19; odd >= 3; odd -= 2) series = series * z + 2.0 / odd;
+    return static_cast<double>(e - exponent) * 0.693147180559945309 + (2.0 * s + s * (z * series));
+}
+
+// The Newton step -H^-1 g from the logarithms at the stencil; (0, 0) where H is singular or the step isn't finite.
+template <class T>
+AMIL_HD Step<T> newton_step(Refine refine, const T* L) {
+    const T c = L[0], right = L[1], left = L[2], down = L[3], up = L[4], down_right = L[5], up_left = L[6];
+    const T dx = T(0.5) * (right - left), dy = T(0.5) * (down - up);
+    T dxx, dyy, dxy;
+    if (refine == Refine::dark) {
+        const T down_left = L[7], up_right = L[8];
+        dxx = T(0.25) * (L[9] - 2 * c + L[10]);
+        dyy = T(0.25) * (L[11] - 2 * c + L[12]);
+        dxy = T(0.25) * (down_right - up_right - down_left + up_left);
+    } else {
+        const T epsilon = T(1.1920929e-7);  // mmpose adds float32's to the diagonal
+        dxx = (right - 2 * c + left) + epsilon;
+        dyy = (down - 2 * c + up) + epsilon;
+        dxy = T(0.5) * (down_right - right - down + c + c - left - up + up_left);
+    }
+    const T determinant = dxx * dyy - dxy * dxy;
+    const Step<T> step = {(dxy * dy - dyy * dx) / determinant, (dxy * dx - dxx * dy) / determinant};
+    const bool finite = step.x - step.x == 0 && step.y - step.y == 0;
+    return determinant != 0 && finite ? step : Step<T>{0, 0};
+}
+
+// ---- back to the image ----
+
+AMIL_HD void to_image(const DecodeCall& call, int64_t b, double& x, double& y) {
+    if (call.affine) {
+        const float* a = call.affine + 6 * b;
+        const double image_x = a[0] * x + a[1] * y + a[2];
+        y = a[3] * x + a[4] * y + a[5];
+        x = image_x;
+    } else if (call.center) {
+        const double center_x = call.center[2 * b], center_y = call.center[2 * b + 1];
+        const double width = 200.0 * call.scale[2 * b], height = 200.0 * call.scale[2 * b + 1];
+        const int W = call.W, H = call.H, W1 = W > 1 ? W - 1 : 1, H1 = H > 1 ? H - 1 : 1;
+        if (call.convention == Convention::hrnet) {
+            x = (x - 0.5 * W) * (width / W) + center_x;
+            y = (y - 0.5 * H) * (width / W) + center_y;
+        } else if (call.convention == Convention::darkpose) {
+            x = (x - 0.5 * (W - 1)) * ((width - 1) / W1) + center_x;
+            y = (y - 0.5 * (H - 1)) * ((width - 1) / W1) + center_y;
+        } else {
+            const bool udp = call.refine == Refine::dark_udp;
+            x = x / (udp ? W1 : W) * width + (center_x - 0.5 * width);
+            y = y / (udp ? H1 : H) * height + (center_y - 0.5 * height);
+        }
+    }
+}
+
+// Writes one joint's result: its maximum at (x, y), moved by `step`. No positive maximum: the convention's marker. NaN
+// anywhere in the map: NaN.
+template <class T>
+AMIL_HD void write_joint(const DecodeCall& call, int64_t b, int64_t k, T maximum, int x, int y, Step<T> step) {
+    double joint_x = x + static_cast<double>(step.x), joint_y = y + static_cast<double>(step.y);
+    if (maximum != maximum)
+        joint_x = joint_y = maximum;
+    else if (!(maximum > 0))
+        joint_x = joint_y = call.convention == Convention::mmpose ? -1 : 0;
+    to_image(call, b, joint_x, joint_y);
+    float* coords = call.coords + 2 * (b * call.K + k);
+    coords[0] = static_cast<float>(joint_x);
+    coords[1] = static_cast<float>(joint_y);
+    call.scores[b * call.K + k] = static_cast<float>(maximum);
+}
+
+}  // namespace
+}  // namespace amil

@@ -1,0 +1,50 @@
+#include "runtime/parallel.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace amil {
+namespace {
+
+// GCC's OpenMP entry point (LLVM's and Intel's runtimes have it too). It is looked up in the running process instead of
+// being linked, so that tasks run on the very threads that torch's own operators use: a second pool would compete with
+// them for the cores, for an OpenMP thread that waits for work spins.
+using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
+
+GompParallel find_gomp_parallel() { return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+
+struct Job {
+    const std::function<void(int64_t)>& task;
+    int64_t num_tasks;
+    std::atomic<int64_t> next{0};
+
+    void work() {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(i);
+    }
+};
+
+}  // namespace
+
+void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task) {
+    const int threads = static_cast<int>(std::min<int64_t>(num_tasks, num_threads));
+    if (threads <= 1) {
+        for (int64_t i = 0; i < num_tasks; ++i) task(i);
+        return;
+    }
+    Job job{task, num_tasks};
+    static const GompParallel gomp_parallel = find_gomp_parallel();
+    if (gomp_parallel) {
+        gomp_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t) others.emplace_back([&job] { job.work(); });
+    job.work();
+    for (std::thread& thread : others) thread.join();
+}
+
+}  // namespace amil

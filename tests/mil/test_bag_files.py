@@ -1,0 +1,123 @@
+"""Bag files: what is read, and what is refused with which words."""
+
+import numpy as np
+import pytest
+
+from amil_fast.mil.bag_files import BagFileError, load_bags, save_bags, stratified_folds
+
+
+def good():
+    rng = np.random.default_rng(0)
+    labels = np.array([1, 1, 1, 0, 0, 0])
+    return {
+        "features": rng.normal(size=(12, 3)).astype(np.float32),
+        "offsets": np.array([0, 2, 3, 3, 7, 10, 12]),
+        "labels": labels,
+        "folds": stratified_folds(labels, 2, 3),
+    }
+
+
+def test_round_trip(tmp_path):
+    entries = good()
+    save_bags(tmp_path / "a.npz", **entries)
+    data = load_bags(tmp_path / "a.npz")
+    for name, value in entries.items():
+        assert np.array_equal(getattr(data, name), value), name
+    assert data.sizes.tolist() == [2, 1, 0, 4, 3, 2]
+    rows, cu_seqlens = data.rows(np.array([4, 2, 0]))
+    assert rows.tolist() == [7, 8, 9, 0, 1] and cu_seqlens.tolist() == [0, 3, 3, 5]
+
+
+def broken(name, value):
+    return lambda entries: entries | {name: value(entries[name].copy())}
+
+
+def put(index, value):
+    def change(array):
+        array[index] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda e: {k: v for k, v in e.items() if k != "offsets"},
+            "entry 'offsets' is missing (the file holds: f",
+        ),
+        (broken("features", lambda a: a[:, 0]), "entry 'features': expected shape (instances, D), got shape (12,)"),
+        (broken("features", lambda a: a.astype(str)), "entry 'features': expected numbers"),
+        (
+            broken("features", put((4, 1), np.nan)),
+            "entry 'features': expected finite float32 values, got nan in row 4",
+        ),
+        (broken("features", lambda a: a.astype(float) * 1e300), "finite float32 values, got"),
+        (broken("offsets", put(0, 1)), "entry 'offsets': expected the first value to be 0, got 1"),
+        (
+            broken("offsets", put(-1, 11)),
+            "entry 'offsets': expected the last value to be the 12 rows",
+        ),
+        (broken("offsets", put(2, 9)), "entry 'offsets': expected values that never fall, got 9 then 3 at 2"),
+        (broken("offsets", lambda a: a.astype(float)), "entry 'offsets': expected integers, got dtype float64"),
+        (broken("labels", lambda a: a[:-1]), "entry 'labels': expected shape (6,), one per bag, got shape (5,)"),
+        (broken("labels", put(3, 2)), "entry 'labels': expected 0 or 1, got [2] for bag 3"),
+        (broken("labels", lambda a: a * 2 - 1), "entry 'labels': expected 0 or 1, got [-1] for bag 3"),
+        (broken("folds", lambda a: a[0]), "entry 'folds': expected shape (repetitions, folds, 6), got shape (3, 6)"),
+        (
+            broken("folds", lambda a: a[..., 1:]),
+            "entry 'folds': expected shape (repetitions, folds, 6), got shape (2",
+        ),
+        (broken("folds", lambda a: a.astype(int) + 1), "entry 'folds': expected bool values"),
+        (broken("folds", put((1, 2), True)), "bags in every test part, got none in repetition 1, fold 2"),
+        (broken("folds", put((0, 1), False)), "bags in every training part, got none in repetition 0, fold 1"),
+    ],
+)
+def test_bad_entries(tmp_path, change, message):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **change(good()))
+    with pytest.raises(BagFileError) as error:
+        load_bags(path)
+    assert str(error.value).startswith(str(path))
+    assert message in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    path = tmp_path / "a.npz"
+    with pytest.raises(BagFileError, match=r"a\.npz: can't be read as an .npz file: No such file"):
+        load_bags(path)
+    with pytest.raises(BagFileError, match="can't be read"):
+        load_bags(tmp_path)
+    path.write_text("not a zip")
+    with pytest.raises(BagFileError, match="can't be read"):
+        load_bags(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(BagFileError, match="got a single array"):
+        load_bags(path)
+    np.savez(path, **(good() | {"labels": np.array([1, 1, 1, 0, 0, None], dtype=object)}))
+    with pytest.raises(BagFileError, match=r"entry 'labels' can't be read: .*allow_pickle"):
+        load_bags(path)
+    np.savez_compressed(path, **good())
+    content = bytearray(path.read_bytes())
+    content[60:90] = b"x" * 30  # inside the first entry's compressed data
+    path.write_bytes(content)
+    with pytest.raises(BagFileError, match="can't be read"):
+        load_bags(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(BagFileError, match="can't be read"):
+        load_bags(path)
+
+
+def test_stratified_folds():
+    labels = np.array([1] * 7 + [0] * 18)
+    folds = stratified_folds(labels, 3, 5, seed=1)
+    assert folds.shape == (3, 5, 25)
+    assert ((~folds).sum(1) == 1).all(), "every bag is tested once per repetition"
+    for test in (~folds).reshape(-1, 25):
+        assert test.sum() == 5 and labels[test].sum() in (1, 2)
+    assert not np.array_equal(folds[0], folds[1])
+    assert np.array_equal(folds, stratified_folds(labels, 3, 5, seed=1))
+    with pytest.raises(ValueError, match=r"folds: expected 2\.\.25"):
+        stratified_folds(labels, 1, 26)

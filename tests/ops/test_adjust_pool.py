@@ -1,0 +1,450 @@
+"""adjust_pool: the reference against bags worked by hand, the C++ backend against it, properties, messages."""
+
+import io
+import math
+import sys
+
+import pytest
+import torch
+
+import amil_fast
+from amil_fast import adjust_pool
+from amil_fast.ops.backends import native
+from tests.helpers import assert_as_accurate, relative_error
+from tests.ops.helpers import random_bags
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def random_lengths(B, N, seed=0):
+    """0, N and something between."""
+    lengths = torch.randint(0, N + 1, (B,), generator=torch.Generator().manual_seed(seed))
+    lengths[0], lengths[-1] = N, 0
+    return lengths
+
+
+def pool_and_grad(x, seed=1, with_weights=True, **kwargs):
+    """``[bag, weights, gradient of x]`` for random upstream gradients of both outputs."""
+    x = x.clone().requires_grad_()
+    outputs = adjust_pool(x, return_weights=with_weights, **kwargs)
+    outputs = outputs if with_weights else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    (grad,) = torch.autograd.grad([o for o, _ in pairs], x, [g for _, g in pairs])
+    return [o.detach() for o in outputs] + [grad]
+
+
+# ---- the reference ----
+
+
+def test_reference_one_iteration_by_hand():
+    """T = 1 is the squashed mean: mean (3, 4) of length 5 becomes 25/26 long; an empty bag gives 0."""
+    x = torch.tensor([[[0.0, 0.0], [6.0, 8.0]], [[9.0, 9.0], [9.0, 9.0]]])
+    bag, weights = adjust_pool(x, lengths=torch.tensor([2, 0]), num_iters=1, return_weights=True, backend="reference")
+    torch.testing.assert_close(bag, torch.tensor([[3 / 5 * 25 / 26, 4 / 5 * 25 / 26], [0.0, 0.0]]))
+    assert weights.tolist() == [[0.5, 0.5], [0.0, 0.0]]
+
+
+def test_reference_two_iterations_by_hand():
+    """One feature, instances 0 and 2: sigma^1 = 1, s^1 = 1/2, logits (0, 1), weights softmax, and so on."""
+    x = torch.tensor([[[0.0], [2.0]]], dtype=torch.float64)
+    bag, weights = adjust_pool(x, num_iters=2, return_weights=True, backend="reference")
+    w = math.e / (1 + math.e)
+    sigma = 2 * w
+    torch.testing.assert_close(weights, torch.tensor([[1 - w, w]], dtype=torch.float64))
+    assert bag.item() == pytest.approx(sigma**2 / (1 + sigma**2))
+
+
+def test_reference_padding_of_the_paper_page():
+    """The length of a bag's vector does not change when the bag is padded to 16 or 64."""
+    x = random_bags(1, 8, 12)
+    length = adjust_pool(x, backend="reference").norm()
+    for padded in (16, 64):
+        x_padded = torch.cat([x, torch.zeros(1, padded - 8, 12, dtype=x.dtype)], 1)
+        again = adjust_pool(x_padded, lengths=torch.tensor([8]), backend="reference").norm()
+        assert again.item() == pytest.approx(length.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("detach_routing", [False, True])
+def test_gradcheck(backend, detach_routing):
+    x = random_bags(3, 5, 4).requires_grad_()
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0] * 5, [1] * 5])
+    if detach_routing:  # finite differences see the routing, so compare with autograd through constant weights
+        w = adjust_pool(x, mask, return_weights=True, backend=backend)[1].detach()
+        expected = torch.autograd.grad(_squash(torch.einsum("bn,bnd->bd", w, x)).sin().sum(), x)[0]
+        got = torch.autograd.grad(adjust_pool(x, mask, detach_routing=True, backend=backend).sin().sum(), x)[0]
+        torch.testing.assert_close(got, expected)
+    else:
+        function = lambda x: adjust_pool(x, mask, return_weights=True, backend=backend)  # noqa: E731
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+def _squash(sigma):
+    n = sigma.norm(dim=-1, keepdim=True)
+    return sigma * torch.where(n > 0, n / (1 + n * n), 0)
+
+
+# ---- the C++ backend against the reference ----
+
+# What each size is there for. Rows are taken 16 at a time and bags cut into chunks of 256 KiB of float32.
+SIZES = {
+    "one instance, one feature": (2, 1, 1),
+    "fewer rows than a block": (3, 5, 7),
+    "rows of whole vectors, in place": (3, 40, 32),
+    "odd features, a last block of one row": (2, 33, 100),
+    "wide": (2, 9, 1030),
+    "several chunks, one of them short": (2, 1500, 64),
+    "one bag shared by the threads": (1, 5000, 48),
+    "long and short bags": (40, 70, 16),
+}
+
+# Iterations, form and detach_routing: every value of each with most values of the others.
+OPTIONS = [
+    (1, "dense", False),
+    (1, "mask", True),
+    (2, "lengths", False),
+    (2, "mask", True),
+    (3, "dense", False),
+    (3, "lengths", True),
+    (3, "mask", False),
+    (5, "mask", False),
+]
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request):
+    usable = native().usable_instruction_sets()
+    if request.param not in usable:
+        pytest.skip(f"this processor runs {', '.join(usable)}")
+    before = native().instruction_set()
+    native().set_instruction_set(request.param)
+    yield request.param
+    native().set_instruction_set(before)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpp_against_reference(instruction_set, dtype, size):
+    B, N, D = SIZES[size]
+    lengths = random_lengths(B, N) if B > 1 else torch.tensor([N])
+    mask = torch.rand(B, N, generator=torch.Generator().manual_seed(2)) < 0.6
+    forms = {"dense": {}, "lengths": {"lengths": lengths}, "mask": {"mask": mask}}
+    for num_iters, form, detach_routing in OPTIONS:
+        options = {**forms[form], "num_iters": num_iters, "detach_routing": detach_routing}
+        _compare(random_bags(B, N, D).to(dtype), f"{num_iters} iterations, {form}, {detach_routing=}", options)
+    packed = random_bags(1, int(lengths.sum()), D)[0].to(dtype)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    for index_dtype in (torch.int32, torch.int64):
+        _compare(packed, "packed", {"cu_seqlens": cu_seqlens.to(index_dtype)})
+
+
+@pytest.mark.parametrize("rise", [10.0, 40.0])
+def test_cpp_logits_that_rise_along_a_bag(instruction_set, rise):
+    """A later block's logits lie above the first's by less and by more than what makes the kernel rescale its sums."""
+    N, D = 100, 16
+    direction = torch.ones(D, dtype=torch.float64) / D**0.5
+    heights = torch.linspace(0, rise, N, dtype=torch.float64)
+    x = random_bags(2, N, D) + torch.stack([heights, heights.flip(0)])[..., None] * direction
+    _compare(x.float(), f"{rise=}", {"num_iters": 3})
+
+
+def _compare(x, what, options):
+    for with_weights in (False, True):
+        actual = pool_and_grad(x, with_weights=with_weights, backend="cpp", **options)
+        reference = pool_and_grad(x, with_weights=with_weights, backend="reference", **options)
+        truth = pool_and_grad(x.double(), with_weights=with_weights, backend="reference", **options)
+        for name, a, r, t in zip(
+            ("bag", "weights", "grad")[:: 1 if with_weights else 2], actual, reference, truth, strict=True
+        ):
+            if x.dtype == torch.float64:  # the reference is the truth itself; the sums are taken in another order
+                assert relative_error(a, t) < 1e-11, f"{name} {what}"
+            else:
+                assert_as_accurate(a, r, t, factor=4, what=f"{name} {what}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cpp_reads_and_writes_every_16_bit_float(instruction_set, dtype):
+    """Subnormal numbers too, although those of float32 are flushed. A 1 beside them keeps the squash from hiding it."""
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.abs() < 2]
+    x = torch.stack([numbers, torch.ones_like(numbers)], 1)[:, None]
+    bag = adjust_pool(x, num_iters=1, backend="cpp")
+    expected = adjust_pool(x, num_iters=1, backend="reference")
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    error = (bag.double() - expected.double()).abs()
+    assert (error <= torch.finfo(dtype).eps * expected.double().abs() + max(step, 1e-37)).all()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_cpp_is_bit_equal_whatever_the_threads(num_threads):
+    """Long bags are shared by the threads when there are several, and sums must not notice."""
+    x = random_bags(3, 6000, 40, dtype=torch.float32)
+    lengths = torch.tensor([6000, 17, 3001])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = pool_and_grad(x, lengths=lengths, backend="cpp")
+        torch.set_num_threads(num_threads)
+        for _ in range(3):
+            for a, e in zip(pool_and_grad(x, lengths=lengths, backend="cpp"), expected, strict=True):
+                assert torch.equal(a, e)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cpp_with_more_threads_than_bags_and_cores():
+    x = random_bags(2, 50, 8, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        many = adjust_pool(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(many, adjust_pool(x))
+
+
+# ---- properties, on both backends ----
+
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp"])
+
+
+@BACKENDS
+def test_a_permuted_bag(backend):
+    x = random_bags(1, 37, 20)
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(3))
+    bag, weights = adjust_pool(x, return_weights=True, backend=backend)
+    bag2, weights2 = adjust_pool(x[:, order], return_weights=True, backend=backend)
+    torch.testing.assert_close(bag2, bag)
+    torch.testing.assert_close(weights2, weights[:, order])
+
+
+@BACKENDS
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
+def test_what_padding_holds_changes_nothing(backend, garbage):
+    x = random_bags(4, 50, 24, dtype=torch.float32)
+    mask = torch.rand(4, 50, generator=torch.Generator().manual_seed(4)) < 0.5
+    mask[2] = False
+    spoiled = torch.where(mask[:, :, None], x, garbage)
+    clean = pool_and_grad(torch.where(mask[:, :, None], x, 0.0), mask=mask, backend=backend)
+    dirty = pool_and_grad(spoiled, mask=mask, backend=backend)
+    for c, d in zip(clean, dirty, strict=True):
+        assert torch.equal(c, d)
+    _, weights, grad = dirty
+    assert (weights[~mask] == 0).all() and (grad[~mask] == 0).all()
+    assert (weights[mask] > 0).all()
+    torch.testing.assert_close(weights.sum(1), mask.any(1).float())
+
+
+@BACKENDS
+def test_a_bag_does_not_feel_its_neighbors(backend):
+    x = random_bags(3, 30, 10)
+    alone = pool_and_grad(x[1:2], backend=backend)
+    spoiled = x.clone()
+    spoiled[0, 3] = math.nan
+    spoiled[2, 29] = math.inf
+    bag, weights = adjust_pool(spoiled, return_weights=True, backend=backend)
+    torch.testing.assert_close(bag[1:2], alone[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights[1:2], alone[1], rtol=1e-12, atol=0)
+    assert torch.isnan(bag[0]).any(), "a NaN instance must not vanish"
+
+
+@BACKENDS
+def test_all_forms_agree(backend):
+    x = random_bags(4, 21, 18)
+    lengths = torch.tensor([21, 0, 1, 13])
+    mask = torch.arange(21) < lengths[:, None]
+    packed = x[mask]
+    cu_seqlens = torch.tensor([0, 21, 21, 22, 35])
+    nested = torch.nested.nested_tensor_from_jagged(packed, cu_seqlens)
+    expected, expected_weights = adjust_pool(x, mask, return_weights=True, backend=backend)
+    for given in ((x, None, {"lengths": lengths}), (x, mask.float(), {}), (x, mask.to(torch.uint8) * 7, {})):
+        bag, weights = adjust_pool(given[0], given[1], return_weights=True, backend=backend, **given[2])
+        torch.testing.assert_close(bag, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-12, atol=0)
+    for instances, kwargs in ((packed, {"cu_seqlens": cu_seqlens}), (nested, {})):
+        bag, weights = adjust_pool(instances, return_weights=True, backend=backend, **kwargs)
+        torch.testing.assert_close(bag, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(weights, expected_weights[mask], rtol=1e-12, atol=0)
+
+
+@BACKENDS
+def test_nested_gradient(backend):
+    x, cu_seqlens = random_bags(1, 12, 6)[0], torch.tensor([0, 5, 5, 12])
+    leaf = torch.nested.nested_tensor_from_jagged(x, cu_seqlens).requires_grad_()
+    adjust_pool(leaf, backend=backend).sin().sum().backward()
+    rows = x.clone().requires_grad_()
+    adjust_pool(rows, cu_seqlens=cu_seqlens, backend=backend).sin().sum().backward()
+    torch.testing.assert_close(leaf.grad.values(), rows.grad)
+
+
+@BACKENDS
+def test_strides(backend):
+    """Transposed, sliced, expanded and reversed memory gives what contiguous memory gives."""
+    x = random_bags(3, 20, 16)
+    wide = random_bags(3, 20, 40)
+    wide[:, :, 4:20] = x
+    long = random_bags(3, 60, 16)
+    long[:, ::3] = x
+    views = {
+        "features not innermost": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "bags not outermost": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "a slice of features": wide[:, :, 4:20],
+        "every third row": long[:, ::3],
+    }
+    expected = pool_and_grad(x, backend=backend)
+    for name, view in views.items():
+        assert not view.is_contiguous() and torch.equal(view, x)
+        leaf = view.detach().requires_grad_()
+        bag, weights = adjust_pool(leaf, return_weights=True, backend=backend)
+        for a, e in zip((bag, weights), expected, strict=False):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=0, msg=name)
+        upstream = torch.randn(16, 3, dtype=x.dtype).T  # not contiguous either
+        (grad,) = torch.autograd.grad(bag, leaf, upstream)
+        plain = x.clone().requires_grad_()
+        (grad2,) = torch.autograd.grad(adjust_pool(plain, backend=backend), plain, upstream.contiguous())
+        torch.testing.assert_close(grad, grad2, rtol=1e-12, atol=0, msg=name)
+    one = random_bags(1, 20, 16)
+    torch.testing.assert_close(
+        adjust_pool(one.expand(4, -1, -1), backend=backend)[3:], adjust_pool(one, backend=backend)
+    )
+
+
+@BACKENDS
+def test_nothing_to_pool(backend):
+    for shape in ((0, 5, 3), (2, 0, 3), (0, 0, 3)):
+        x = torch.zeros(shape, requires_grad=True)
+        bag, weights = adjust_pool(x, return_weights=True, backend=backend)
+        assert bag.shape == (shape[0], 3) and (bag == 0).all() and weights.shape == shape[:2]
+        bag.sum().backward()
+        assert x.grad.shape == shape
+    bag = adjust_pool(torch.zeros(0, 3), cu_seqlens=torch.tensor([0, 0, 0]), backend=backend)
+    assert bag.tolist() == [[0, 0, 0]] * 2
+    assert adjust_pool(torch.zeros(0, 3), cu_seqlens=torch.tensor([0]), backend=backend).shape == (0, 3)
+
+
+@BACKENDS
+def test_zero_instances_have_zero_gradient(backend):
+    """squash(0) = 0 with gradient 0, not NaN."""
+    x = torch.zeros(1, 4, 5, requires_grad=True)
+    adjust_pool(x, backend=backend).sum().backward()
+    assert (x.grad == 0).all()
+
+
+@BACKENDS
+def test_large_logits_do_not_overflow(backend):
+    x = random_bags(2, 30, 8, dtype=torch.float32) * 200
+    for value in pool_and_grad(x, backend=backend):
+        assert torch.isfinite(value).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("num_iters", [1, 4])
+def test_gradient_of_weights_alone(backend, num_iters):
+    """With one iteration the weights are 1/m and constant; with more they depend on the instances."""
+    x = random_bags(2, 6, 5).requires_grad_()
+    _, weights = adjust_pool(x, num_iters=num_iters, return_weights=True, backend=backend)
+    if num_iters == 1:
+        assert not weights.requires_grad
+        return
+    upstream = torch.randn(2, 6, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    (grad,) = torch.autograd.grad(weights, x, upstream)
+    y = x.detach().clone().requires_grad_()
+    _, weights = adjust_pool(y, num_iters=num_iters, return_weights=True, backend="reference")
+    torch.testing.assert_close(grad, torch.autograd.grad(weights, y, upstream)[0])
+
+
+@BACKENDS
+def test_detached_weights_are_constants(backend):
+    x = random_bags(2, 6, 5).requires_grad_()
+    bag, weights = adjust_pool(x, return_weights=True, detach_routing=True, backend=backend)
+    assert bag.requires_grad and not weights.requires_grad
+
+
+def test_large_gradients_on_kept_pages_are_independent():
+    """Gradients above 4 MiB use pages that were used before; one that is still alive must not be written again."""
+    x = random_bags(2, 9000, 64, dtype=torch.float32)
+    first = pool_and_grad(x, backend="cpp", with_weights=False)[-1]
+    copy = first.clone()
+    for seed in range(3):
+        pool_and_grad(x, backend="cpp", with_weights=False, seed=seed + 10)
+    assert torch.equal(first, copy)
+    address = first.data_ptr()
+    del first
+    again = pool_and_grad(x, backend="cpp", with_weights=False)[-1]
+    assert torch.equal(again, copy)
+    assert address % 64 == 0
+    again.requires_grad_().add(1).sum().backward()  # an ordinary tensor in every way
+    torch.save(again, io.BytesIO())
+
+
+# ---- what the caller did wrong ----
+
+cu = torch.tensor
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (TypeError, "instances: expected a torch.Tensor, got list", lambda x: adjust_pool([[1.0]])),
+        (TypeError, "instances: expected dtype float16.*got torch.int64", lambda x: adjust_pool(x.long())),
+        (ValueError, r"instances: expected shape \(B, N, D\).*got \(3, 5\)", lambda x: adjust_pool(x[:, :, 0])),
+        (ValueError, r"instances: expected shape \(total, D\)", lambda x: adjust_pool(x, cu_seqlens=cu([0, 3]))),
+        (ValueError, "instances: expected at least one feature", lambda x: adjust_pool(x[:, :, :0])),
+        (ValueError, r"mask: expected shape \(3, 5\).*got \(3, 4\)", lambda x: adjust_pool(x, torch.ones(3, 4))),
+        (TypeError, "mask: expected a torch.Tensor, got list", lambda x: adjust_pool(x, [[1] * 5] * 3)),
+        (ValueError, "mask: expected mask or lengths, got both",
+         lambda x: adjust_pool(x, torch.ones(3, 5), lengths=torch.tensor([1, 2, 3]))),
+        (ValueError, "mask: expected the device of instances", lambda x: adjust_pool(x, torch.ones(3, 5).to("meta"))),
+        (ValueError, r"lengths: expected shape \(3,\)", lambda x: adjust_pool(x, lengths=torch.tensor([1, 2]))),
+        (TypeError, "lengths: expected dtype int32 or int64, got torch.float32",
+         lambda x: adjust_pool(x, lengths=torch.ones(3))),
+        (ValueError, r"lengths: expected values in 0..5, got lengths\[1\] = 6",
+         lambda x: adjust_pool(x, lengths=torch.tensor([1, 6, 2]))),
+        (ValueError, r"lengths: expected values in 0..5, got lengths\[2\] = -1",
+         lambda x: adjust_pool(x, lengths=torch.tensor([1, 5, -1]))),
+        (ValueError, "cu_seqlens: expected alone", lambda x: adjust_pool(x[0], torch.ones(5), cu_seqlens=cu([0, 5]))),
+        (ValueError, r"cu_seqlens: expected cu_seqlens\[0\] = 0, got 1",
+         lambda x: adjust_pool(x[0], cu_seqlens=torch.tensor([1, 5]))),
+        (ValueError, "cu_seqlens: expected the last value to be the number of instances 5, got 4",
+         lambda x: adjust_pool(x[0], cu_seqlens=torch.tensor([0, 4]))),
+        (ValueError, r"cu_seqlens: expected values that never fall, got cu_seqlens\[1\] = 4, cu_seqlens\[2\] = 3",
+         lambda x: adjust_pool(x[0], cu_seqlens=torch.tensor([0, 4, 3, 5]))),
+        (ValueError, r"cu_seqlens: expected shape \(B \+ 1,\)", lambda x: adjust_pool(x[0], cu_seqlens=cu([[0, 5]]))),
+        (ValueError, "num_iters: expected at least 1, got 0", lambda x: adjust_pool(x, num_iters=0)),
+        (TypeError, "num_iters: expected an int, got float", lambda x: adjust_pool(x, num_iters=2.0)),
+        (ValueError, "backend: expected one of 'auto', 'reference', 'cpp', 'triton', got 'fast'",
+         lambda x: adjust_pool(x, backend="fast")),
+        (ValueError, "nested tensor carries its own bag sizes",
+         lambda x: adjust_pool(torch.nested.nested_tensor([x[0]], layout=torch.jagged), cu_seqlens=cu([0, 5]))),
+        (ValueError, "layout torch.jagged", lambda x: adjust_pool(torch.nested.nested_tensor([x[0]]))),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_messages(error, message, make):
+    with pytest.raises(error, match=message):
+        make(random_bags(3, 5, 4))
+
+
+def test_value_checks_on_the_reference_too():
+    with pytest.raises(ValueError, match=r"lengths: expected values in 0\.\.5"):
+        adjust_pool(random_bags(3, 5, 4), lengths=torch.tensor([1, 6, 2]), backend="reference")
+
+
+def test_cpp_refuses_other_devices():
+    with pytest.raises(ValueError, match="backend 'cpp' can't serve this call: it runs on CPU tensors"):
+        adjust_pool(torch.zeros(1, 2, 3, device="meta"), backend="cpp")
+
+
+def test_a_missing_extension_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "amil_fast._C", None)
+    monkeypatch.delattr(amil_fast, "_C")
+    native.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"amil_fast\._C can't be imported.*pip install.*backend='reference'"):
+            adjust_pool(random_bags(3, 5, 4))
+        assert "can't be imported" in amil_fast.info()["backends"]["cpp"]
+    finally:
+        native.cache_clear()

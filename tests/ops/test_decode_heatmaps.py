@@ -1,0 +1,475 @@
+"""decode_heatmaps: worked examples, properties, every message, and its registration as an operator."""
+
+import math
+
+import pytest
+import torch
+
+import amil_fast
+from amil_fast import decode_heatmaps
+from amil_fast.ops.backends import native
+from amil_fast.ops.decode_heatmaps_native import _prepare
+from amil_fast.ops.decode_heatmaps_reference import blur_weights
+from amil_fast.ops.heatmaps import encode_heatmaps
+from tests.ops.helpers import (
+    CONVENTIONS,
+    DTYPES,
+    LAYOUTS,
+    REFINEMENTS,
+    allowed_error,
+    assert_same,
+    averaged,
+    lay_out,
+    make_maps,
+    make_transform,
+)
+
+BACKENDS = ("reference", "cpp")
+on_both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def restore_instruction_set():
+    before = native().instruction_set()
+    yield
+    native().set_instruction_set(before)
+
+
+def one_map(rows):
+    return torch.tensor(rows, dtype=torch.float32)[None, None]
+
+
+def point(*arguments, **keywords):
+    coords, scores = decode_heatmaps(*arguments, **keywords)
+    assert coords.shape == (1, 1, 2) and scores.shape == (1, 1)
+    return coords[0, 0].tolist(), scores[0, 0].item()
+
+
+# ---- worked examples ----
+
+
+@on_both
+def test_maximum_is_written_x_before_y(backend):
+    assert point(one_map([[0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 0, 0]]), backend=backend) == ([3, 1], 5)
+
+
+@on_both
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (33, 17), (40, 64)])
+def test_of_equal_maxima_the_first_wins(backend, shape):
+    H, W = shape
+    for first in range(0, H * W, 7):
+        maps = torch.zeros(1, 1, H * W)
+        maps[0, 0, first:] = 2.0
+        assert point(maps.view(1, 1, H, W), backend=backend)[0] == [first % W, first // W]
+
+
+@on_both
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("refine", REFINEMENTS)
+@pytest.mark.parametrize("value", [0.0, -0.0, -3.0, -math.inf])
+def test_without_a_positive_maximum_the_convention_s_marker(backend, convention, refine, value):
+    maps = torch.full((1, 1, 12, 10), value)
+    marker = [-1, -1] if convention == "mmpose" else [0, 0]
+    assert point(maps, refine=refine, convention=convention, backend=backend) == (marker, value)
+
+
+@on_both
+@pytest.mark.parametrize("refine", REFINEMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("W", [1, 7, 48])
+def test_nan_anywhere_gives_nan_for_that_map_only(backend, refine, dtype, W):
+    maps = make_maps("noisy", (2, 3, 24, W), dtype=dtype)
+    expected = decode_heatmaps(maps, refine=refine, backend=backend)
+    for y, x in ((0, 0), (5, W // 2), (23, W - 1)):
+        spoiled = maps.clone()
+        spoiled[1, 2, y, x] = math.nan
+        spoiled[1, 2, 0, -1] += 10  # not even where the maximum is clear
+        for kind, arguments in (("map", {}), ("mirror", {"flipped": spoiled, "flip_pairs": ()})):
+            given = maps if kind == "mirror" else spoiled
+            coords, scores = decode_heatmaps(given, refine=refine, backend=backend, **arguments)
+            assert coords[1, 2].isnan().all() and scores[1, 2].isnan()
+            assert not coords[:, :2].isnan().any() and not coords[0].isnan().any()
+            if kind == "map":
+                assert torch.equal(coords[0], expected[0][0]) and torch.equal(scores[0], expected[1][0])
+
+
+@on_both
+def test_infinities(backend):
+    maps = make_maps("noisy", (1, 1, 20, 20))
+    maps[0, 0, 8, 11] = math.inf
+    maps[0, 0, 3, 4] = -math.inf
+    for refine in ("none", "quarter", "dark", "dark_udp"):
+        coords, score = point(maps, refine=refine, backend=backend)
+        assert score == math.inf and abs(coords[0] - 11) <= 0.25 and abs(coords[1] - 8) <= 0.25
+    maps[0, 0, 8, 11] = 2.0  # now only -inf, next to the peak: it counts as the lower clamp
+    maps[0, 0, 8, 12] = -math.inf
+    for refine in ("dark", "dark_udp"):
+        coords, _ = point(maps, refine=refine, backend=backend)
+        assert math.isfinite(coords[0]) and math.isfinite(coords[1])
+
+
+@on_both
+def test_quarter_offset_at_the_edge(backend):
+    """The conventions' rules for every position of the peak in a 7 x 8 map, greater to the right of it and below."""
+    for y in range(7):
+        for x in range(8):
+            h = torch.zeros(1, 1, 7, 8)
+            h[0, 0, y, x] = 1.0
+            if x + 1 < 8:
+                h[0, 0, y, x + 1] = 0.5
+            if y + 1 < 7:
+                h[0, 0, y + 1, x] = 0.5
+            inner_x, inner_y = 1 < x < 7, 1 < y < 6
+            both = [x + 0.25, y + 0.25] if inner_x and inner_y else [x, y]
+            each = [x + 0.25 * (inner_x and y > 0), y + 0.25 * (inner_y and x > 0)]
+            for convention, expected in (("hrnet", both), ("darkpose", both), ("mmpose", each)):
+                assert point(h, refine="quarter", convention=convention, backend=backend)[0] == expected
+
+
+@on_both
+@pytest.mark.parametrize("refine", ["dark", "dark_udp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gaussians_are_found_to_a_thousandth_of_a_pixel(backend, refine, dtype):
+    """The log of a Gaussian is a parabola, and a blurred Gaussian is one, so a Newton step finds its center."""
+    coords = torch.rand(4, 17, 2, dtype=dtype) * 20 + 14
+    maps, _ = encode_heatmaps(coords, 48, 48)
+    found, _ = decode_heatmaps(maps, refine=refine, backend=backend)
+    assert (found - coords).abs().max() < 1e-3
+
+
+# ---- the clamp, and with it the whole-map blur ----
+
+
+@on_both
+def test_clamps_that_bite_change_the_answer(backend):
+    """UDP clamps the rescaled map to [1e-3, 50]. Where that can't touch a value, the scale of a map does not matter, a
+    power of two not in a single bit, for it only enters exponents. Where it does, the scale matters."""
+    maps, _ = encode_heatmaps(torch.tensor([[[20.3, 17.6]]]), 40, 36)
+    maps = maps * 0.5
+
+    def step(scale):
+        return decode_heatmaps(maps * scale, refine="dark_udp", backend=backend)[0]
+
+    plain = step(1)
+    for scale in (2.0**-7, 2.0**-3, 2.0, 64.0):
+        assert (step(scale) - plain).abs().max() < (1e-12 if backend == "cpp" else 1e-5)
+    low, high = step(2.0**-9), step(512.0)
+    assert torch.equal(low, torch.tensor([[[20.0, 18.0]]])), "all values are at the lower clamp: no step"
+    assert torch.equal(high, torch.tensor([[[20.0, 18.0]]])), "all values are at the upper clamp: no step"
+    for scale in (2.2e-3, 105.0):  # only some of them are
+        assert 0.01 < (step(scale) - plain).abs().max() < 1
+
+
+@pytest.mark.parametrize(("H", "W"), [(64, 48), (13, 7), (5, 70), (40, 33), (3, 3), (90, 131)])
+@pytest.mark.parametrize("blur_kernel", [3, 11, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_map_blur(H, W, blur_kernel, dtype):
+    """The blurred map's maximum, where it is needed, is right wherever it lies and however the rows end."""
+    maps = make_maps("noise", (2, 40, H, W), 5).abs() * 4e-3
+    maps[:, :20] *= 5e4  # the upper clamp
+    maps = maps.to(dtype)
+    arguments = {"refine": "dark_udp", "blur_kernel": blur_kernel}
+    expected = decode_heatmaps(maps, **arguments, backend="reference")
+    allowed = allowed_error(averaged(maps), **arguments)
+    assert allowed.isfinite().double().mean() > 0.5
+    for instruction_set in native().usable_instruction_sets():
+        native().set_instruction_set(instruction_set)
+        assert_same(decode_heatmaps(maps, **arguments), expected, allowed, instruction_set)
+    if min(H, W) > 3:
+        unclamped = decode_heatmaps(maps.float() / maps.float().amax((2, 3), keepdim=True), **arguments)
+        assert not torch.allclose(unclamped[0], expected[0], atol=1e-2), "the clamp was to bite"
+
+
+@on_both
+def test_dark_clamps_what_the_blur_leaves_at_zero(backend):
+    """A lone pixel and a blur of 3: the values two pixels away are 0, clamped to 1e-10 of the rescaled map."""
+    h = torch.zeros(1, 1, 9, 9)
+    h[0, 0, 4, 4] = 0.8
+    h[0, 0, 4, 5] = 0.4
+    coords, _ = point(h, refine="dark", blur_kernel=3, backend=backend)
+    # Blurred along x: 0.2 0.5 0.4 0.1 at x = 3..6, 0 at x = 2, rescaled by 0.8 / (0.5 * 0.5); along y symmetric.
+    log = [math.log(max(v * 0.5 * 0.8 / 0.25, 1e-10)) for v in (0.0, 0.2, 0.5, 0.4, 0.1)]
+    expected = 4 - 0.5 * (log[3] - log[1]) / (0.25 * (log[4] - 2 * log[2] + log[0]))
+    assert coords == pytest.approx([expected, 4], abs=1e-5)
+
+
+# ---- properties ----
+
+
+@on_both
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_map_at_the_coordinates_is_the_score(backend, layout, dtype):
+    maps = lay_out(make_maps("noise", (3, 5, 31, 29), dtype=dtype), layout)
+    coords, scores = decode_heatmaps(maps, backend=backend)
+    x, y = coords.long().unbind(-1)
+    gathered = maps[torch.arange(3)[:, None], torch.arange(5), y, x]
+    assert torch.equal(gathered.float(), scores)
+    assert torch.equal(scores, maps.amax((2, 3)).float())
+
+
+@on_both
+@pytest.mark.parametrize("refine", REFINEMENTS)
+def test_shifting_the_map_shifts_the_answer(backend, refine):
+    maps = torch.zeros(2, 3, 60, 60)
+    maps[..., 20:40, 20:40] = make_maps("noisy", (2, 3, 20, 20))
+    expected, _ = decode_heatmaps(maps, refine=refine, backend=backend)
+    moved, _ = decode_heatmaps(maps.roll((7, -5), (2, 3)), refine=refine, backend=backend)
+    assert torch.allclose(moved, expected + torch.tensor([-5.0, 7.0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("refine", REFINEMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_map_does_not_feel_its_neighbors(refine, dtype):
+    maps = make_maps("noisy", (3, 4, 24, 20), dtype=dtype)
+    arguments = {"refine": refine, "flip_pairs": ()}
+    expected, expected_scores = decode_heatmaps(maps, flipped=maps, **arguments)
+    for b in range(3):
+        for k in range(4):
+            alone = maps[b : b + 1, k : k + 1]
+            coords, scores = decode_heatmaps(alone, flipped=alone, **arguments)
+            assert torch.equal(coords[0, 0], expected[b, k]) and torch.equal(scores[0, 0], expected_scores[b, k])
+
+
+@pytest.mark.parametrize("refine", REFINEMENTS)
+def test_same_bits_for_any_number_of_threads(refine):
+    maps = make_maps("noisy", (16, 17, 64, 48))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results += [decode_heatmaps(maps, refine=refine) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(c, results[0][0]) and torch.equal(s, results[0][1]) for c, s in results)
+
+
+@on_both
+def test_mirror_average_equals_averaging_first(backend):
+    maps, flipped = make_maps("noisy", (2, 5, 20, 14), 1), make_maps("noisy", (2, 5, 20, 14), 2)
+    for shift in (False, True):
+        mean = averaged(maps, flipped, [0, 3, 2, 1, 4], shift)
+        expected = decode_heatmaps(mean, refine="quarter", backend=backend)
+        arguments = {"flipped": flipped, "flip_pairs": [(1, 3)], "shift_flipped": shift}
+        actual = decode_heatmaps(maps, refine="quarter", backend=backend, **arguments)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+        by_hand = flipped[:, [0, 3, 2, 1, 4]].flip(-1)
+        if shift:
+            by_hand = torch.cat([by_hand[..., :1], by_hand[..., :-1]], -1)
+        assert torch.equal(mean, (maps + by_hand) * 0.5)
+
+
+@on_both
+@pytest.mark.parametrize("shape", [(0, 17, 64, 48), (4, 0, 64, 48), (0, 0, 1, 1)])
+def test_nothing_to_decode(backend, shape):
+    coords, scores = decode_heatmaps(
+        torch.empty(shape), refine="dark", flipped=torch.empty(shape), flip_pairs=(), backend=backend
+    )
+    assert coords.shape == (*shape[:2], 2) and scores.shape == shape[:2]
+    assert coords.dtype == scores.dtype == torch.float32
+
+
+# ---- to the image ----
+
+
+@on_both
+def test_image_transforms_by_hand(backend):
+    # a box of 240 x 300 px
+    h = torch.zeros(1, 1, 64, 48)
+    h[0, 0, 20, 30] = 1.0
+    box = {
+        "center": torch.tensor([[100.0, 200.0]]),
+        "scale": torch.tensor([[1.2, 1.5]]),
+        "backend": backend,
+    }  # 240 x 300 px
+    expected = {
+        "hrnet": [(30 - 24) * 240 / 48 + 100, (20 - 32) * 240 / 48 + 200],
+        "darkpose": [(30 - 23.5) * 239 / 47 + 100, (20 - 31.5) * 239 / 47 + 200],
+        "mmpose": [30 / 48 * 240 + 100 - 120, 20 / 64 * 300 + 200 - 150],
+    }
+    for convention, values in expected.items():
+        assert point(h, convention=convention, **box)[0] == pytest.approx(values, abs=1e-4)
+    udp = [30 / 47 * 240 + 100 - 120, 20 / 63 * 300 + 200 - 150]
+    assert point(h, convention="mmpose", refine="dark_udp", blur_kernel=1, **box)[0] == pytest.approx(udp, abs=1e-4)
+    affine = torch.tensor([[[2.0, 0.5, 3.0], [-1.0, 4.0, 7.0]]])
+    assert point(h, affine=affine, backend=backend)[0] == [2 * 30 + 0.5 * 20 + 3, -30 + 80 + 7]
+    # Strided and half transforms are read right.
+    wide = torch.zeros(1, 2, 6)
+    wide[:, :, ::2] = affine
+    assert point(h, affine=wide[:, :, ::2].half(), backend=backend)[0] == [2 * 30 + 0.5 * 20 + 3, -30 + 80 + 7]
+
+
+@on_both
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("refine", ["none", "dark_udp"])
+@pytest.mark.parametrize(("H", "W"), [(1, 1), (1, 5), (5, 1)])
+def test_maps_one_pixel_wide_or_high(backend, convention, refine, H, W):
+    box = make_transform("box", 1)
+    coords, _ = point(torch.ones(1, 1, H, W), convention=convention, refine=refine, backend=backend, **box)
+    assert all(map(math.isfinite, coords))
+
+
+def test_blur_weights_are_opencv_s():
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+    for blur_kernel in (*range(1, 33, 2), 99, 255):
+        expected = cv2.getGaussianKernel(blur_kernel, 0)[:, 0]
+        assert blur_weights(blur_kernel) == pytest.approx(expected, abs=1e-15)
+        half = native().blur_weights(blur_kernel)
+        assert half[:0:-1] + half == pytest.approx(expected, abs=1e-15)
+
+
+# ---- messages ----
+
+MAPS = torch.zeros(2, 3, 8, 6)
+BOX = {"center": torch.zeros(2, 2), "scale": torch.zeros(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "maps", "arguments"),
+    [
+        (TypeError, "heatmaps: expected a torch.Tensor, got ndarray", MAPS.numpy(), {}),
+        (TypeError, "heatmaps: expected dtype float16, .* got torch.int64", MAPS.long(), {}),
+        (ValueError, r"heatmaps: expected shape \(B, K, H, W\), got \(3, 8, 6\)", MAPS[0], {}),
+        (ValueError, r"heatmaps: expected maps of 1 to .* pixels, got shape \(2, 3, 0, 6\)", MAPS[:, :, :0], {}),
+        (ValueError, r"heatmaps: expected maps of 1 to .*, got shape",
+         MAPS[:1, :1, :1, :1].expand(1, 1, 2**16, 2**15), {}),
+        (ValueError, "refine: expected one of 'none', 'quarter', 'dark', 'dark_udp', got 'udp'",
+         MAPS, {"refine": "udp"}),
+        (ValueError, "convention: expected one of 'hrnet', .*, got 'coco'", MAPS, {"convention": "coco"}),
+        (TypeError, "blur_kernel: expected an int, got float", MAPS, {"blur_kernel": 11.0}),
+        (TypeError, "blur_kernel: expected an int, got bool", MAPS, {"blur_kernel": True}),
+        (ValueError, "blur_kernel: expected an odd number from 1 to 255, got 10", MAPS, {"blur_kernel": 10}),
+        (ValueError, "blur_kernel: expected an odd number from 1 to 255, got -1", MAPS, {"blur_kernel": -1}),
+        (ValueError, "blur_kernel: expected an odd number from 1 to 255, got 257", MAPS, {"blur_kernel": 257}),
+        (TypeError, "flipped: expected a torch.Tensor, got list", MAPS, {"flipped": [1]}),
+        (ValueError, r"flipped: expected shape \(2, 3, 8, 6\) of heatmaps, got \(2, 2, 8, 6\)",
+         MAPS, {"flipped": MAPS[:, 1:]}),
+        (TypeError, "flipped: expected dtype torch.float32 of heatmaps, got torch.float16",
+         MAPS, {"flipped": MAPS.half()}),
+        (ValueError, "flipped: expected device cpu of heatmaps, got meta", MAPS, {"flipped": MAPS.to("meta")}),
+        (ValueError, r"flip_pairs: expected pairs of joints with flipped .* got None", MAPS, {"flipped": MAPS}),
+        (ValueError, r"flip_pairs: expected joints in 0..2, got the pair \(1, 3\)",
+         MAPS, {"flipped": MAPS, "flip_pairs": [(1, 3)]}),
+        (ValueError, r"flip_pairs: expected joints in 0..2, got the pair \(-1, 1\)",
+         MAPS, {"flipped": MAPS, "flip_pairs": [(-1, 1)]}),
+        (ValueError, "flip_pairs: .* at most once, .* pair .1, 2.",
+         MAPS, {"flipped": MAPS, "flip_pairs": [(0, 1), (1, 2)]}),
+        (ValueError, "flip_pairs: .* at most once, .* pair .1, 1.", MAPS, {"flipped": MAPS, "flip_pairs": [(1, 1)]}),
+        (TypeError, "flip_pairs: expected a sequence of pairs", MAPS, {"flipped": MAPS, "flip_pairs": [(0, 1, 2)]}),
+        (TypeError, "flip_pairs: expected a sequence of pairs", MAPS, {"flipped": MAPS, "flip_pairs": [0, 1]}),
+        (TypeError, "flip_pairs: expected a sequence of pairs", MAPS, {"flipped": MAPS, "flip_pairs": 5}),
+        (TypeError, "flip_pairs: .* got a torch.Tensor", MAPS, {"flipped": MAPS, "flip_pairs": torch.zeros(1, 2)}),
+        (TypeError, "shift_flipped: expected a bool, got int", MAPS, {"shift_flipped": 1}),
+        (ValueError, "scale: expected together with center, got None", MAPS, {"center": torch.zeros(2, 2)}),
+        (ValueError, "center: expected together with scale, got None", MAPS, {"scale": torch.zeros(2, 2)}),
+        (ValueError, "affine: .* got both", MAPS, {"affine": torch.zeros(2, 2, 3), **BOX}),
+        (ValueError, r"center: expected shape \(2, 2\) \(B, 2\), got \(3, 2\)",
+         MAPS, {**BOX, "center": torch.zeros(3, 2)}),
+        (TypeError, "scale: expected a floating dtype, got torch.int64",
+         MAPS, {**BOX, "scale": torch.ones(2, 2).long()}),
+        (TypeError, "scale: expected a torch.Tensor, got float", MAPS, {**BOX, "scale": 1.0}),
+        (ValueError, r"affine: expected shape \(2, 2, 3\) \(B, 2, 3\), got \(2, 3\)",
+         MAPS, {"affine": torch.zeros(2, 3)}),
+        (ValueError, "affine: expected device cpu of heatmaps, got meta",
+         MAPS, {"affine": torch.zeros(2, 2, 3).to("meta")}),
+        (ValueError, "backend: expected one of 'auto', .*, got 'triton'", MAPS, {"backend": "triton"}),
+        (ValueError, "backend 'cuda' can't serve this call: it runs on CUDA tensors, got .* 'cpu'",
+         MAPS, {"backend": "cuda"}),
+        (ValueError, "backend 'cpp' can't serve this call: it runs on CPU tensors, got .* 'meta'",
+         MAPS.to("meta"), {"backend": "cpp"}),
+    ],
+)  # fmt: skip
+def test_messages(error, message, maps, arguments):
+    with pytest.raises(error, match=message):
+        decode_heatmaps(maps, **arguments)
+
+
+# ---- as an operator ----
+
+
+@on_both
+def test_refuses_to_be_differentiated(backend):
+    maps = make_maps("noisy", (1, 2, 9, 9)).requires_grad_()
+    coords, scores = decode_heatmaps(maps, refine="dark", backend=backend)
+    assert torch.equal(coords, decode_heatmaps(maps.detach(), refine="dark", backend=backend)[0])
+    for output in (coords, scores):
+        with pytest.raises(RuntimeError, match=r"decode_heatmaps can't be differentiated.*soft_argmax"):
+            output.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        assert not decode_heatmaps(maps, backend=backend)[0].requires_grad
+    assert not decode_heatmaps(maps.detach(), backend=backend)[0].requires_grad
+
+
+OPERATOR_CALLS = [
+    {},
+    {"refine": "dark", "convention": "mmpose", "flipped": make_maps("noisy", (2, 3, 12, 10), 1), "swap": [1, 0, 2]},
+    {"refine": "dark_udp", "blur_kernel": 17, **make_transform("box", 2)},
+    {"refine": "quarter", "convention": "darkpose", **make_transform("affine", 2)},
+]
+
+
+@on_both
+@pytest.mark.parametrize("call", range(len(OPERATOR_CALLS)))
+def test_opcheck(backend, call):
+    values = {"flipped": None, "swap": [], "shift_flipped": False, "center": None, "scale": None, "affine": None}
+    values |= {"refine": "none", "convention": "hrnet", "blur_kernel": 11, **OPERATOR_CALLS[call]}
+    maps = lay_out(make_maps("noisy", (2, 3, 12, 10)), "channels_last")
+    torch.library.opcheck(torch.ops.amil_fast.decode_heatmaps.default, (maps, *values.values(), backend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_has_the_real_metadata(dtype):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    maps = make_maps("noisy", (2, 3, 12, 10), dtype=dtype)
+    real = decode_heatmaps(maps)
+    with FakeTensorMode() as mode:
+        fake = decode_heatmaps(mode.from_tensor(maps))
+    for r, f in zip(real, fake, strict=True):
+        assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
+    on_meta = decode_heatmaps(maps.to("meta"), refine="dark")
+    assert on_meta[0].shape == real[0].shape and on_meta[0].device.type == "meta"
+
+
+@on_both
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(backend, dynamic):
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def decode(maps, flipped, center, scale):
+        coords, scores = decode_heatmaps(
+            maps * 2, refine="dark", flipped=flipped, flip_pairs=[(0, 1)], center=center, scale=scale, backend=backend
+        )
+        return coords + 1, scores
+
+    for H in (12, 13):
+        maps, flipped = make_maps("noisy", (2, 3, H, 10)), make_maps("noisy", (2, 3, H, 10), 1)
+        box = make_transform("box", 2)
+        coords, scores = decode(maps.requires_grad_(), flipped, box["center"], box["scale"])
+        arguments = {"refine": "dark", "flipped": flipped, "flip_pairs": [(0, 1)], "backend": backend, **box}
+        expected, expected_scores = decode_heatmaps(maps.detach() * 2, **arguments)
+        assert torch.equal(coords, expected + 1) and torch.equal(scores, expected_scores)
+        assert not coords.requires_grad
+
+
+def test_the_operator_is_seen_by_tracers():
+    """The short cut round the dispatcher is not taken where somebody is looking."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda maps: decode_heatmaps(maps, refine="quarter"))(make_maps("noisy", (2, 3, 12, 10)))
+    assert "amil_fast.decode_heatmaps" in graph.code
+    other = make_maps("noisy", (2, 3, 12, 10), 9)
+    expected = decode_heatmaps(other, refine="quarter")
+    assert all(torch.equal(a, b) for a, b in zip(graph(other), expected, strict=True))
+
+
+@pytest.mark.skipif(not native().with_cuda, reason="the extension was built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: tests/test_decode_gpu.py uses it")
+def test_cuda_code_is_linked_and_says_what_it_lacks():
+    _, _, call, _kept_alive = _prepare(MAPS, None, [], False, None, None, None, "none", "hrnet", 11)
+    with pytest.raises(RuntimeError, match=r"decode_heatmaps on CUDA: .*(driver|device)"):
+        native().decode_heatmaps_cuda(call, 0, 0)
+
+
+def test_modules_see_the_same_function():
+    assert amil_fast.decode_heatmaps is decode_heatmaps is amil_fast.ops.decode_heatmaps

@@ -1,0 +1,254 @@
+"""Crops, augmentation and loaders: joints stay on what they mark, and the same numbers come out whoever asks."""
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+
+from amil_fast.pose.codec import compose, crop_matrix, heatmap_to_image, invert, joints_box, resampling, transform
+from amil_fast.pose.data import (
+    Augmentation,
+    PoseDataset,
+    PoseLoader,
+    PoseSampler,
+    load_lsp,
+    load_lspet,
+)
+from amil_fast.pose.data.augment import SPORTS, color_matrix, warp_batch, warp_crop
+from amil_fast.pose.skeletons import LSP14
+from tests.pose import layouts as make
+
+# One color per joint (BGR), far enough apart to be told from each other after interpolation.
+COLORS = np.array([[40 + 100 * (k % 3), 40 + 100 * (k // 3 % 3), 40 + 100 * (k // 9)] for k in range(14)])
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    """An LSP of 4 images in which each joint is a dot of its own color on black."""
+    root = tmp_path_factory.mktemp("painted")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    all_joints = []
+    for i, (width, height) in enumerate(((240, 180), (150, 260), (200, 200), (301, 203))):
+        grid = np.array([[x, y] for x in (0.2, 0.4, 0.6, 0.8) for y in (0.2, 0.4, 0.6, 0.8)])[rng.permutation(16)[:14]]
+        joints = grid * (width, height) + rng.uniform(-4, 4, (14, 2))
+        image = np.zeros((height, width, 3), np.uint8)
+        for k, point in enumerate(joints):
+            center = np.round(point * 16).astype(int).tolist()
+            cv2.circle(image, center, 8 * 16, COLORS[k].tolist(), -1, cv2.LINE_8, 4)
+        cv2.imwrite(str(root / f"images/im{i + 1:04d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
+        all_joints.append(joints)
+    joints = np.stack(all_joints).transpose(2, 1, 0)
+    savemat(root / "joints.mat", {"joints": np.concatenate([joints, np.zeros((1, 14, 4))])})
+    return root
+
+
+def seen_joints(sample):
+    """Which joint's dot lies at each joint's place, by color; -1 outside the crop."""
+    image = sample["image"].numpy().astype(int)[::-1]  # BGR
+    S = image.shape[-1]
+    seen = []
+    for x, y in sample["joints"].round().int().tolist():
+        if not (1 <= x < S - 1 and 1 <= y < S - 1):
+            seen.append(-1)
+            continue
+        color = image[:, y, x]
+        seen.append(int(np.abs(COLORS - color).sum(1).argmin()))
+    return seen
+
+
+GEOMETRIC = Augmentation(brightness=0, contrast=0, saturation=0, tint=0, any_rotation=0.5)
+
+
+def test_joints_stay_on_their_dots(painted):
+    people = load_lsp(painted, "all")
+    dataset = PoseDataset(people, 160, augmentation=GEOMETRIC, seed=3)
+    flips, checked = 0, 0
+    for epoch in range(12):
+        for index in range(4):
+            sample = dataset[epoch, index]
+            flips += int(sample["flipped"])
+            # In a mirror image the dot of the right wrist is where the person's left wrist appears to be.
+            expected = list(LSP14.flip_index) if sample["flipped"] else list(range(14))
+            for k, joint in enumerate(seen_joints(sample)):
+                if joint >= 0:
+                    assert joint == expected[k], (epoch, index, LSP14.joints[k])
+                    checked += 1
+            # and the matrix takes it back to the image
+            back = transform(sample["to_image"].double().numpy(), sample["joints"].double().numpy())
+            np.testing.assert_allclose(back, people.joints[index][expected], atol=2e-3)
+    assert 10 < flips < 38 and checked > 500
+
+
+def test_unaugmented_crop_shows_the_whole_image(painted):
+    people = load_lsp(painted, "all")
+    for index, (width, height) in enumerate(people.sizes.tolist()):
+        sample = PoseDataset(people, 160)[index]
+        step = max(width, height) / 160
+        assert sample["to_image"][0, 0].item() == pytest.approx(step)
+        assert seen_joints(sample) == list(range(14)) and sample["valid"].all()
+        corner = sample["to_image"].double().numpy() @ (-0.5, -0.5, 1)  # the crop's outer corner
+        np.testing.assert_allclose(corner + 0.5, ((width - step * 160) / 2, (height - step * 160) / 2), atol=1e-4)
+
+
+def test_directions():
+    """Rotation is clockwise as seen, shift moves the person right and down, scale makes it larger."""
+    box, size = (0, 0, 100, 100), 50
+
+    def appears(point, **geometry):
+        return transform(invert(crop_matrix(box, size, **geometry)), np.array(point, float))
+
+    np.testing.assert_allclose(appears((49.5, 49.5)), (24.5, 24.5))
+    np.testing.assert_allclose(appears((69.5, 49.5)), (34.5, 24.5))
+    np.testing.assert_allclose(appears((69.5, 49.5), rotation=90), (24.5, 34.5), atol=1e-9)
+    np.testing.assert_allclose(appears((69.5, 49.5), scale=2), (44.5, 24.5))
+    np.testing.assert_allclose(appears((69.5, 49.5), shift=(0.1, -0.2)), (39.5, 14.5))
+    np.testing.assert_allclose(appears((69.5, 49.5), flip=True), (14.5, 24.5))
+    np.testing.assert_allclose(appears((69.5, 49.5), flip=True, rotation=90, shift=(0.1, 0)), (29.5, 14.5), atol=1e-9)
+    np.testing.assert_allclose(appears((69.5, 49.5), margin=2), (29.5, 24.5))
+
+
+def test_matrices():
+    rng = np.random.default_rng(1)
+    first, second = (crop_matrix(rng.uniform(10, 50, 4), 64, rotation=rng.uniform(0, 360)) for _ in range(2))
+    points = rng.uniform(0, 64, (5, 2))
+    np.testing.assert_allclose(transform(compose(first, second), points), transform(first, transform(second, points)))
+    np.testing.assert_allclose(transform(invert(first), transform(first, points)), points)
+    np.testing.assert_allclose(transform(resampling(4), np.array([[0.0, 0.0], [1.0, 2.0]])), [[1.5, 1.5], [5.5, 9.5]])
+    stacked = np.stack([first, second])
+    for array in (stacked, torch.from_numpy(stacked)):
+        by_heatmap = np.asarray(heatmap_to_image(array, 4))
+        for matrix, combined in zip(stacked, by_heatmap, strict=True):
+            np.testing.assert_allclose(combined, compose(matrix, resampling(4)))
+    assert joints_box(np.array([[1.0, 2], [5, 9], [100, 100]]), [True, True, False]).tolist() == [1.5, 2.5, 4, 7]
+    assert joints_box(np.zeros((2, 2)), [False, False]) is None
+
+
+def test_mirrored_heatmaps_need_no_shift():
+    """Mirroring crop and heatmap commutes with the map between them: that's why pixels are areas."""
+    matrix = crop_matrix((0, 0, 64, 64), 64)
+    mirrored = crop_matrix((0, 0, 64, 64), 64, flip=True)
+    point = np.array([3.0, 5.0])  # of a heatmap of 16 x 16
+    np.testing.assert_allclose(
+        transform(heatmap_to_image(mirrored, 4), np.array([15 - point[0], point[1]])),
+        transform(heatmap_to_image(matrix, 4), point),
+    )
+
+
+def test_numbers_depend_on_seed_epoch_and_index_only():
+    first = SPORTS.draw(1, 2, 3)
+    again = SPORTS.draw(1, 2, 3)
+    assert first[0] == again[0] and (first[1] == again[1]).all()
+    for other in ((0, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3)):
+        assert SPORTS.draw(*other)[0] != first[0]
+    without = dataclasses.replace(SPORTS, shift=0, contrast=0).draw(1, 2, 3)[0]
+    assert without["rotation"] == first[0]["rotation"] and without["flip"] == first[0]["flip"]
+
+
+def test_ranges():
+    draws = [Augmentation(rotation=30, scale=(0.5, 2), shift=0.1).draw(0, 0, i)[0] for i in range(2000)]
+    rotation, scale = (np.array([draw[name] for draw in draws]) for name in ("rotation", "scale"))
+    shift = np.array([draw["shift"] for draw in draws])
+    assert abs(rotation).max() <= 30 and rotation.max() > 28 and rotation.min() < -28
+    assert 0.5 <= scale.min() < 0.52 and 1.95 < scale.max() <= 2 and abs((scale < 1).mean() - 0.5) < 0.05
+    assert abs(shift).max() <= 0.1 and abs(np.mean([draw["flip"] for draw in draws]) - 0.5) < 0.05
+    upside_down = [abs(SPORTS.draw(0, 0, i)[0]["rotation"]) > 90 for i in range(1000)]
+    assert 0.1 < np.mean(upside_down) < 0.2
+    for change in ({"scale": (0, 1)}, {"scale": (2, 1)}, {"flip": 1.5}, {"any_rotation": -1}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            Augmentation(**change)
+
+
+def read_all(dataset, workers, batch_size, epochs=2):
+    loader = PoseLoader(dataset, batch_size, workers=workers, seed=5)
+    result = []
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        result.append({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+        assert loader.images_per_second > 0
+    return result
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_any_number_of_workers_gives_the_same_batches(tmp_path):
+    make.lspet(tmp_path, S=11)
+    dataset = PoseDataset(load_lspet(tmp_path, "all"), 48, augmentation=SPORTS, seed=9)
+    alone = read_all(dataset, 0, 4)
+    assert (alone[0]["index"] != alone[1]["index"]).any()
+    assert sorted(alone[0]["index"].tolist()) == list(range(11))
+    for workers, batch_size in ((1, 4), (2, 3), (3, 11)):
+        for one, other in zip(read_all(dataset, workers, batch_size), alone, strict=True):
+            for name in one:
+                assert torch.equal(one[name].nan_to_num(-1), other[name].nan_to_num(-1)), (workers, name)
+    # and every epoch is new
+    first, second = (dataset[epoch, 3]["image"] for epoch in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(dataset[3]["image"], dataset[0, 3]["image"])
+    assert torch.equal(dataset[-1]["image"], dataset[10]["image"])
+    with pytest.raises(IndexError, match="index: expected less than 11, got 11"):
+        dataset[11]
+
+
+def test_sampler():
+    orders = {}
+    for epoch in range(2):
+        sampler = PoseSampler(10, seed=1)
+        sampler.set_epoch(epoch)
+        orders[epoch] = list(sampler)
+        assert sorted(index for _, index in orders[epoch]) == list(range(10)) and len(sampler) == 10
+        assert {e for e, _ in orders[epoch]} == {epoch}
+    assert [i for _, i in orders[0]] != [i for _, i in orders[1]]
+    shares = [list(PoseSampler(10, seed=1, rank=rank, world=4)) for rank in range(4)]
+    assert {len(share) for share in shares} == {3} == {len(PoseSampler(10, rank=3, world=4))}
+    assert {key for share in shares for key in share} == set(orders[0])
+    sampler = PoseSampler(10, seed=1)
+    sampler.set_epoch(0, start=4)
+    assert list(sampler) == orders[0][4:] and len(sampler) == 6
+    in_order = [list(PoseSampler(5, shuffle=False, rank=rank, world=2)) for rank in range(2)]
+    assert in_order == [[(0, 0), (0, 2), (0, 4)], [(0, 1), (0, 3)]]  # nobody twice: scores add up
+    assert len(list(PoseSampler(2, rank=4, world=5))) == 1
+    with pytest.raises(ValueError, match="rank: expected 0 <= rank < world, got 2 of 2"):
+        PoseSampler(4, rank=2, world=2)
+
+
+def test_both_warps_agree():
+    rng = np.random.default_rng(2)
+    smooth = cv2.resize(rng.integers(0, 255, (12, 12, 3)).astype(np.uint8), (96, 96), interpolation=cv2.INTER_CUBIC)
+    # Along the image's edge against the black outside OpenCV's rounding of coordinates shows: little of it, please.
+    seldom_outside = dataclasses.replace(SPORTS, scale=(0.75, 1.35))
+    draws = [seldom_outside.draw(0, 1, i) for i in range(8)]
+    matrices = np.stack([crop_matrix((0, 0, 96, 96), 64, **geometry) for geometry, _ in draws])
+    colors = np.stack([color for _, color in draws])
+    expected = np.stack([warp_crop(smooth, m, 64, c) for m, c in zip(matrices, colors, strict=True)]) / 255
+    images = torch.from_numpy(np.ascontiguousarray(smooth[:, :, ::-1].transpose(2, 0, 1))).expand(8, 3, 96, 96)
+    found = warp_batch(images, torch.from_numpy(matrices), 64, torch.from_numpy(colors))
+    difference = np.abs(found.numpy() - expected)
+    assert difference.mean() < 0.003 and np.quantile(difference, 0.999) < 0.02
+    plain = warp_batch(images, torch.from_numpy(matrices), 64)
+    assert np.abs(plain.numpy() - expected).mean() > 0.02  # colors do change something
+
+
+def test_color_matrix_by_hand():
+    pixel = np.array([0.2, 0.4, 0.6, 1.0])
+    np.testing.assert_allclose(color_matrix() @ pixel, pixel[:3], atol=1e-6)
+    np.testing.assert_allclose(color_matrix(brightness=0.1) @ pixel, pixel[:3] + 0.1, atol=1e-6)
+    np.testing.assert_allclose(color_matrix(contrast=2) @ pixel, 0.5 + 2 * (pixel[:3] - 0.5), atol=1e-6)
+    gray = 0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.6
+    np.testing.assert_allclose(color_matrix(saturation=0) @ pixel, [gray] * 3, atol=1e-6)
+    np.testing.assert_allclose(color_matrix(tint=(1, 0.5, 1)) @ pixel, (0.2, 0.2, 0.6), atol=1e-6)
+    image = np.full((4, 4, 3), (153, 102, 51), np.uint8)  # BGR of the pixel above
+    crop = warp_crop(image, crop_matrix((0, 0, 4, 4), 4), 4, color_matrix(tint=(1, 0.5, 1)))
+    assert crop[:, 0, 0].tolist() == [51, 51, 153]
+
+
+def test_shrinking_averages():
+    """A fine checkerboard made 8 times smaller is gray, not noise."""
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    crop = warp_crop(np.repeat(board[..., None], 3, 2), crop_matrix((0, 0, 256, 256), 32), 32)
+    assert abs(crop.astype(int)[:, 1:-1, 1:-1] - 127.5).max() < 3
+    with pytest.raises(ValueError, match="size: expected a number of pixels, got 0"):
+        PoseDataset(None, 0)

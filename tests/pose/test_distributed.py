@@ -1,0 +1,123 @@
+"""Two processes under torchrun do what one does with the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import amil_fast
+from amil_fast.pose.training import checkpoints, trainer
+from amil_fast.pose.training.trainer import PoseTraining
+from tests.pose.training_runs import (  # one_thread is a fixture
+    TINY,
+    data_with_gaps,
+    one_thread,  # noqa: F401
+    quiet_console,
+)
+
+HERE = Path(__file__).parent
+# Seven people, four in a batch: with two processes the sampler has one to spare, which nobody must see. Joints without
+# annotation are spread unevenly over the crops.
+SETTINGS = {
+    "data.synthetic": 7,
+    "data.synthetic_validation": 5,
+    "data.augmentation": "sports",
+    "schedule.epochs": 4,
+    "schedule.warmup": 0.0,
+    "balance.k": 0.2,
+    "optimizer.lr": 1e-4,
+    "loss.adversarial": 0.1,
+    "run.checkpoint_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes left: their folder."""
+    out = tmp_path_factory.mktemp("two")
+    (out / "settings.json").write_text(json.dumps(SETTINGS))
+    torch.manual_seed(0)
+    layer = torch.nn.BatchNorm2d(3, momentum=0.3).double()
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    x = torch.randn(6, 3, 5, 4).double() * 3 + 10
+    torch.save({"x": x, "upstream": torch.randn(x.shape).double(), "before": layer.state_dict()}, out / "norm.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = [str(HERE.parents[1]), str(Path(amil_fast.__file__).parents[1])]  # the very package that is tested here
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [*command, str(HERE / "two_processes.py"), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def test_same_samples_same_losses(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "training_data", data_with_gaps)
+    one = PoseTraining(TINY.override(SETTINGS), tmp_path, quiet_console())
+    losses, step = [], one._step
+
+    def follow(parts):
+        step(parts)
+        losses.append((parts[0]["index"].tolist(), one._pending[-1].tolist()))
+
+    one._step = follow
+    summary = one.run()
+    ranks = [json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(losses) == len(ranks[0]["losses"]) == 4
+    valid = [int(one.data.training[epoch, i]["valid"].sum()) for epoch in range(4) for i in losses[epoch][0]]
+    assert len(set(valid)) > 1, "all crops have the same joints: a mean over each process's joints would do"
+    # The first step is the same up to rounding, of which Adam makes more with every step: it divides small gradients
+    # by their size.
+    for number, ((indices, values), tolerance) in enumerate(zip(losses, (2e-5, 5e-3, 2e-2, 2e-2), strict=True)):
+        shares = [rank["losses"][number] for rank in ranks]
+        assert sorted(shares[0][0] + shares[1][0]) == sorted(indices)
+        assert not set(shares[0][0]) & set(shares[1][0])
+        assert shares[0][1] == shares[1][1], "the processes disagree"
+        assert shares[0][1] == pytest.approx(values, rel=tolerance, abs=1e-9)
+    assert torch.equal(torch.load(two / "weights0.pt"), torch.load(two / "weights1.pt"))
+    # Validation saw each of the five once.
+    assert ranks[0]["summary"]["validation"]["samples"] == summary["validation"]["samples"] == 5
+    assert ranks[1]["summary"] is None
+    assert ranks[0]["summary"]["validation"]["counted"] == summary["validation"]["counted"]
+    # One process writes; the state goes on where it was.
+    assert checkpoints.load_state(two / "run" / "last")[1]["step"] == 4
+    assert len((two / "run" / "history.jsonl").read_text().splitlines()) == 4
+
+
+def test_synchronized_batch_norm(two):
+    case = torch.load(two / "norm.pt")
+    layer = torch.nn.BatchNorm2d(3, momentum=0.3).double()
+    layer.load_state_dict(case["before"])
+    x = case["x"].clone().requires_grad_()
+    y = layer(x)
+    (y * case["upstream"]).sum().backward()
+    halves = [torch.load(two / f"norm{rank}.pt") for rank in (0, 1)]
+    expected = {"weight": layer.weight.grad, "bias": layer.bias.grad}
+    expected |= {name: getattr(layer, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
+    for half in halves:
+        for name, value in expected.items():
+            torch.testing.assert_close(half[name], value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([half["y"] for half in halves]), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([half["x"] for half in halves]), x.grad, rtol=1e-10, atol=1e-12)
+    layer.eval()
+    torch.testing.assert_close(torch.cat([half["evaluated"] for half in halves]), layer(x), rtol=1e-12, atol=1e-12)
+
+
+def test_batch_must_divide(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.batch_size: expected a multiple of 1 processes x 3 accumulated parts"):
+        PoseTraining(TINY.override({"run.accumulation": 3}), tmp_path, quiet_console())

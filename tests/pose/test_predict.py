@@ -1,0 +1,305 @@
+"""Prediction from files to files, with a network whose answers are known."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from amil_fast.pose.codec import crop_matrix
+from amil_fast.pose.data import Boxes, DataError, VideoFrames
+from amil_fast.pose.data.augment import warp_crop
+from amil_fast.pose.inference.predict import predict
+from amil_fast.pose.inference.predictor import Predictor, load_model
+from amil_fast.pose.skeletons import LSP14
+from tests.pose import color_finder
+from tests.pose import layouts as make
+from tests.pose.color_finder import GROUND, ColorFinder, paint, person
+
+
+def ground(width, height):
+    return np.full((height, width, 3), GROUND[::-1], np.uint8)
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A folder with images, one of them bad, and a video; returns the folder and the joints by name and frame."""
+    rng = np.random.default_rng(0)
+    joints = {}
+    for name, (width, height) in {"a.jpg": (300, 200), "deep/b.png": (201, 333)}.items():
+        joints[name, None] = person(rng, width, height)
+        write(tmp_path / "in" / name, paint(ground(width, height), joints[name, None], 5))
+    make.truncate(make.picture(tmp_path / "in/bad.jpg", 90, 90))
+    writer = cv2.VideoWriter(str(tmp_path / "in/clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 12, (320, 240))
+    for frame in range(7):
+        joints["clip.avi", frame] = person(rng, 320, 240)
+        writer.write(paint(ground(320, 240), joints["clip.avi", frame], 5))
+    writer.release()
+    return tmp_path / "in", joints
+
+
+def keypoints(row):
+    return np.array(row["keypoints"]).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_images_and_videos_go_in_and_come_out(inputs, tmp_path, batch_size):
+    folder, joints = inputs
+    problems, progress = [], []
+    report = predict(
+        Predictor(ColorFinder()),
+        [folder],
+        tmp_path / "out",
+        batch_size=batch_size,
+        on_problem=problems.append,
+        on_progress=lambda *numbers: progress.append(numbers),
+    )
+    assert report.pictures == report.people == 9 and not report.interrupted and report.images_per_second > 0
+    assert len(problems) == 1 and "bad.jpg" in problems[0] and report.unreadable == problems
+    assert progress[-1] == (10, 10)
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(rows) == 9
+    for row in rows:
+        expected = joints[row["file_name"], row.get("frame")]
+        assert np.abs(keypoints(row)[:, :2] - expected).max() < 1.5, row["file_name"]
+        assert keypoints(row)[:, 2].min() > 0 and row["category_id"] == 1
+        assert row["score"] == pytest.approx(keypoints(row)[:, 2].mean(), abs=1e-4)
+    assert rows[0]["bbox"] == [0, 0, 300, 200] and rows[0]["image_id"] == "a.jpg"
+    assert [row["image_id"] for row in rows[1:3]] == ["clip.avi:0", "clip.avi:1"]
+
+    files = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert files == ["a.jpg", "clip.avi", "deep/b.png", "predictions.json"]
+    overlay = cv2.imread(str(tmp_path / "out/deep/b.png"))
+    original = cv2.imread(str(folder / "deep/b.png"))
+    assert overlay.shape == original.shape
+    knee, ankle = joints["deep/b.png", None][[1, 0]]
+    x, y = ((knee + ankle) / 2).round().astype(int)
+    shin = LSP14.limb_colors[LSP14.limbs.index((LSP14.index("right knee"), LSP14.index("right ankle")))]
+    assert np.abs(overlay[y, x].astype(int) - shin[::-1]).max() < 40 and (original[y, x] == GROUND[::-1]).all()
+    frames = VideoFrames(tmp_path / "out/clip.avi")
+    assert frames.rate == 12 and sum(frame is not None for _, frame in frames) == 7
+
+
+def test_boxes_are_respected(tmp_path):
+    """Two people in one photograph, in crops of their own; nobody in another."""
+    rng = np.random.default_rng(1)
+    image, boxes = ground(600, 400), [[30, 40, 200, 220], [330, 120, 240, 200]]
+    people = [person(rng, box=box) for box in boxes]
+    for joints in people:
+        paint(image, joints, 6)
+    write(tmp_path / "000000000012.png", image)
+    write(tmp_path / "empty.png", ground(100, 100))
+    (tmp_path / "boxes.json").write_text(json.dumps([{"image_id": 12, "bbox": box} for box in boxes]))
+    files = [tmp_path / "000000000012.png", tmp_path / "empty.png"]
+    report = predict(Predictor(ColorFinder()), files, tmp_path / "out", boxes=tmp_path / "boxes.json", margin=1.0)
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert (report.pictures, report.people) == (2, 2)
+    assert [row["image_id"] for row in rows] == [12, 12] and [row["bbox"] for row in rows] == boxes
+    for row, joints in zip(rows, people, strict=True):
+        assert np.abs(keypoints(row)[:, :2] - joints).max() < 2
+    assert (cv2.imread(str(tmp_path / "out/empty.png")) == ground(100, 100)).all()
+    # the results are a file of boxes themselves
+    assert Boxes(tmp_path / "out/predictions.json").of("000000000012.png").tolist() == boxes
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    """Cameras write the picture as the sensor lies, and a tag."""
+    from PIL import Image
+
+    joints = person(np.random.default_rng(2), 200, 300)
+    upright = paint(ground(200, 300), joints, 6)
+    lying = Image.fromarray(np.rot90(upright)[:, :, ::-1].copy())
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    lying.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    predict(Predictor(ColorFinder()), [tmp_path / "photo.jpg"], tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert np.abs(keypoints(row)[:, :2] - joints).max() < 1.5
+    assert cv2.imread(str(tmp_path / "out/photo.jpg")).shape == (300, 200, 3)
+
+
+def test_same_names_do_not_overwrite_each_other(tmp_path):
+    for folder in ("one", "two"):
+        write(tmp_path / folder / "a.png", ground(40, 40))
+    report = predict(Predictor(ColorFinder()), [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [row["file_name"] for row in rows] == ["a.png", "a-2.png"] and len(report.written) == 3
+
+
+def test_inputs_are_never_overwritten(tmp_path):
+    write(tmp_path / "in/a.png", ground(40, 40))
+    write(tmp_path / "in/b.bmp", ground(40, 40))
+    before = (tmp_path / "in/a.png").read_bytes()
+    predictor = Predictor(ColorFinder())
+    with pytest.raises(DataError, match=r"in: expected another folder, the overlay would overwrite .*a.png"):
+        predict(predictor, [tmp_path / "in/a.png"], tmp_path / "in")
+    with pytest.raises(DataError, match=r"expected another folder"):
+        predict(predictor, [tmp_path / "in"], tmp_path / "in")
+    # a folder of results below the inputs is not taken for input by the next run
+    for _ in range(2):
+        report = predict(predictor, [tmp_path / "in"], tmp_path / "in/found")
+        assert report.pictures == 2
+    names = sorted(path.name for path in (tmp_path / "in/found").iterdir())
+    assert names == ["a.png", "b.bmp.jpg", "predictions.json"]
+    predict(predictor, [tmp_path / "in/a.png"], tmp_path / "in", overlays=False)
+    assert (tmp_path / "in/a.png").read_bytes() == before
+
+
+def test_damaged_videos_are_reported_and_the_rest_goes_on(inputs, tmp_path):
+    folder, _ = inputs
+    data = (folder / "clip.avi").read_bytes()
+    (folder / "clip.avi").write_bytes(data[: int(0.75 * len(data))])
+    (folder / "broken.mp4").write_bytes(b"no video")
+    report = predict(Predictor(ColorFinder()), [folder], tmp_path / "out")
+    assert len(report.unreadable) == 3
+    told = " ".join(report.unreadable)
+    assert "broken.mp4: expected a video" in told and "of 7 frames are missing" in told and "bad.jpg" in told
+    assert 4 <= report.pictures < 9
+    assert (tmp_path / "out/clip.avi").exists() and (tmp_path / "out/deep/b.png").exists()
+
+
+class Interrupting(ColorFinder):
+    """The user presses Ctrl-C during the fourth batch."""
+
+    def forward(self, images):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls > 6:  # each batch has its mirror image
+            raise KeyboardInterrupt
+        return super().forward(images)
+
+
+def test_interrupted_runs_leave_whole_files_only(inputs, tmp_path):
+    folder, _ = inputs
+    report = predict(Predictor(Interrupting()), [folder], tmp_path / "out", batch_size=1)
+    assert report.interrupted
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(rows) == 3  # the image and two frames
+    files = [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert sorted(files) == ["a.jpg", "predictions.json"]  # no half a video, no partial file
+
+
+def test_mirror_averaging():
+    """With it, each joint's heatmap is the mean with that of its mirror joint in the mirrored crop."""
+    joints = person(np.random.default_rng(3), 128, 128)
+    crop = torch.from_numpy(warp_crop(paint(ground(128, 128), joints, 4), crop_matrix((0, 0, 128, 128), 128), 128))[
+        None
+    ]
+    to_image = torch.eye(2, 3)[None]
+    coords, scores = Predictor(ColorFinder(), flip_test=True)(crop, to_image)
+    assert np.abs(coords[0].numpy() - joints).max() < 1.5
+    without, plain = Predictor(ColorFinder(), flip_test=False)(crop, to_image)
+    assert np.abs(without[0].numpy() - joints).max() < 1.5
+    torch.testing.assert_close(scores, plain, rtol=0.02, atol=1e-3)
+
+    class Sided(ColorFinder):
+        """Sees nothing in crops whose right half has no ground color at the edge: tells the two passes apart."""
+
+        def forward(self, images):
+            found = super().forward(images)[1]
+            return found if (images[0, 0, 0, 0] - images[0, 0, 0, -1]) > 0 else found * 0
+
+    crop[0, :, 0, 0] = 200
+    _, half = Predictor(Sided(), flip_test=True)(crop, to_image)
+    torch.testing.assert_close(half, plain / 2, rtol=0.05, atol=1e-3)  # the mean of the maps and of nothing
+
+
+def test_networks_that_do_not_fit():
+    class Plain(torch.nn.Module):
+        def __init__(self, shape):
+            super().__init__()
+            self.shape = shape
+
+        def forward(self, images):
+            return {"heatmaps": images.new_zeros(len(images), *self.shape)}
+
+    with pytest.raises(ValueError, match="skeleton: the model doesn't say which joints"):
+        Predictor(Plain((14, 8, 8)))
+    with pytest.raises(ValueError, match="size: the model doesn't say how large"):
+        Predictor(Plain((14, 8, 8)), skeleton="lsp14")
+    images, to_image = torch.zeros(2, 3, 32, 32), torch.eye(2, 3).expand(2, 2, 3)
+    Predictor(Plain((14, 8, 8)), skeleton="lsp14", size=32)(images, to_image)
+    for shape in ((16, 8, 8), (14, 8, 9), (14, 8)):
+        with pytest.raises(ValueError, match=r"model: expected heatmaps \(2, 14, H, W\) for lsp14"):
+            Predictor(Plain(shape), skeleton="lsp14", size=32)(images, to_image)
+
+
+def test_loading(tmp_path):
+    from safetensors.torch import save_file
+
+    model = load_model(factory="tests.pose.color_finder:build")
+    assert isinstance(model, ColorFinder)
+    weights = {**ColorFinder().state_dict(), "sharpness": torch.tensor(7.0)}
+    save_file(weights, tmp_path / "w.safetensors")
+    assert load_model(tmp_path / "w.safetensors", "tests.pose.color_finder:build").sharpness.item() == 7
+    save_file({"other": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x.safetensors: the weights don't fit tests.pose.color_finder:build"):
+        load_model(tmp_path / "x.safetensors", "tests.pose.color_finder:build")
+    for factory in ("color_finder", "tests.pose.color_finder:nothing", "no_such_module:build", ":"):
+        with pytest.raises(ValueError, match=r"model: expected package\.module:function"):
+            load_model(factory=factory)
+    with pytest.raises(ValueError, match=r"expected tests.pose.color_finder:not_a_network to return a torch.nn.Module"):
+        load_model(factory="tests.pose.color_finder:not_a_network")
+    shipped = load_model()
+    assert shipped.skeleton is LSP14 and not shipped.training
+    with pytest.raises(ValueError, match=r"none: there is no such checkpoint"):
+        load_model(tmp_path / "none")
+    assert color_finder.SIZE == 128
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pt2"])
+def test_nothing_is_unpickled(tmp_path, suffix, capsys):
+    torch.save({"a": Evil()}, tmp_path / f"w{suffix}")
+    for factory in (None, "tests.pose.color_finder:build"):
+        with pytest.raises(ValueError, match="hold pickles, which run code when they are loaded"):
+            load_model(tmp_path / f"w{suffix}", factory)
+    # under another name it is no safetensors file
+    torch.save({"a": Evil()}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="the weights don't fit"):
+        load_model(tmp_path / "w.safetensors", "tests.pose.color_finder:build")
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_no_input(tmp_path):
+    predictor = Predictor(ColorFinder())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: no image or video found"):
+        predict(predictor, [tmp_path / "empty"], tmp_path / "out")
+    with pytest.raises(DataError, match=r"boxes.json: there is no such file"):
+        predict(predictor, [tmp_path / "empty"], tmp_path / "out", boxes=tmp_path / "boxes.json")
+
+
+@pytest.mark.parametrize(("score", "looks"), [(0.9, 2), (0.1, 1)])
+def test_a_second_look_at_what_was_found(tmp_path, score, looks):
+    """The second crop lies around the joints of the first look, with a margin; without enough of them there is none."""
+    seen = []
+    joints = np.full((14, 2), 40.0)
+    joints[3], joints[5] = (30, 20), (50, 60)  # 20 x 40 pixels, edges at 29.5 and 19.5
+
+    class Fixed:
+        size, skeleton = 64, LSP14
+
+        def __call__(self, images, to_image):
+            seen.append(to_image.numpy())
+            return torch.tensor(joints)[None].float(), torch.full((1, 14), score)
+
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((100, 80, 3), np.uint8))
+    predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2)
+    assert len(seen) == looks
+    np.testing.assert_allclose(seen[0][0], crop_matrix((0, 0, 80, 100), 64), rtol=1e-6)
+    if looks == 2:
+        np.testing.assert_allclose(seen[1][0], crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert rows[0]["bbox"] == [0, 0, 80, 100]
+    with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
+        predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=0)

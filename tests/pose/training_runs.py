@@ -1,0 +1,73 @@
+"""What the tests of training share: a run so small that a step takes milliseconds."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from amil_fast.pose.training.config import (
+    DataConfig,
+    DiscriminatorConfig,
+    GeneratorConfig,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from amil_fast.pose.training.data import training_data
+
+TINY = TrainConfig(
+    generator=GeneratorConfig(backbone="hourglass1", features=16, blocks=1, depth=2),
+    discriminator=DiscriminatorConfig(features=8, depth=2),
+    data=DataConfig(
+        dataset="synthetic",
+        input_size=64,
+        batch_size=4,
+        heatmap_std=1.0,
+        synthetic=12,
+        synthetic_validation=6,
+        workers=0,
+    ),
+    optimizer=OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.01, clip=1.0),
+    loss=LossConfig(adversarial=1e-3, mil=1e-4),
+    schedule=ScheduleConfig(epochs=3, kind="cosine", warmup=1.0),
+    run=RunConfig(device="cpu", threads=1, evaluate_every=2, log_every=2, overlays=2, tensorboard=False, ema_decay=0.9),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For a module that imports it: one thread, as TINY asks for, and what there was before for those that follow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class WithGaps(torch.utils.data.Dataset):
+    """A pose data set in which some joints are not annotated, in every crop others."""
+
+    def __init__(self, dataset):
+        self.dataset, self.skeleton = dataset, dataset.skeleton
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        sample = self.dataset[key]
+        sample["valid"][: 1 + 2 * int(sample["index"]) % 11] = False
+        return sample
+
+
+def data_with_gaps(config, **options):
+    """As ``training_data``."""
+    data = training_data(config, **options)
+    return dataclasses.replace(data, training=WithGaps(data.training))
+
+
+def quiet_console():
+    """A console whose text is ``console.file.getvalue()``."""
+    return Console(file=io.StringIO(), width=300)
