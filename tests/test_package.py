@@ -30,7 +30,8 @@ POSE_LAYERS = [
     {"models"},
     {"data"},
     {"visualization"},
-    {"evaluation", "inference"},
+    {"inference"},
+    {"evaluation"},
     {"training"},
     {"demo"},
 ]

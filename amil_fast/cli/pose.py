@@ -416,6 +416,7 @@ def _run(predictor, people, batch_size, passes, console, quiet):
 
     from amil_fast.pose.data.dataset import PoseDataset
     from amil_fast.pose.data.loader import PoseLoader
+    from amil_fast.pose.evaluation.evaluate import predict_batches
     from amil_fast.pose.inference.predict import boxes_of
 
     if predictor.skeleton is not people.skeleton:
@@ -426,14 +427,14 @@ def _run(predictor, people, batch_size, passes, console, quiet):
     with progress_bar(console, quiet) as progress:
         task = progress.add_task("crops", total=passes * len(people))
         for _ in range(passes):
-            coords, scores = [], []
-            for batch in PoseLoader(PoseDataset(people, predictor.size), batch_size, shuffle=False):
-                found = predictor(batch["image"], batch["to_image"])
-                coords.append(found[0].numpy())
-                scores.append(found[1].numpy())
-                progress.advance(task, len(batch["index"]))
-            coords = np.concatenate(coords)
-            people = dataclasses.replace(people, boxes=boxes_of(coords, np.concatenate(scores)))
+            found = predict_batches(
+                predictor,
+                PoseLoader(PoseDataset(people, predictor.size), batch_size, shuffle=False),
+                fields=(),
+                on_batch=lambda batch, _: progress.advance(task, len(batch["index"])),
+            )
+            coords = found["coords"]
+            people = dataclasses.replace(people, boxes=boxes_of(coords, found["scores"]))
     rate = len(people) / (time.perf_counter() - began)
     console.print(f"{rate:.1f} images/s", highlight=False)
     return coords, {"images_per_second": rate}

@@ -117,8 +117,10 @@ def _show(console, summary, out):
 
     line(f"trained {summary['step']} steps in {summary['seconds']:.0f} s")
     if "validation" in summary:
+        from amil_fast.pose.evaluation.scoring import headline
+
         table = summary["validation"]
-        row = "PCKh@0.5" if table["metric"] == "PCKh" else "PCK@0.2"
+        row = headline(table["metric"])
         groups = [f"{name} {_cell(v)}" for name, v in table[row].items() if name not in ("joints", "mean_of_joints")]
         line(f"best generator, {row}: {'  '.join(groups)}")
         line(f"{table['samples']} people; {table['unmeasured']} more can't be measured and are left out")

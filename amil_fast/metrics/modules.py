@@ -9,6 +9,7 @@ from amil_fast.pose.skeletons import get_skeleton
 # The curves' thresholds: 0, 0.01, ..., 0.5, and those that tables show.
 CURVE_THRESHOLDS = tuple(k / 100 for k in range(51))
 TABLE_THRESHOLDS = tuple(k / 100 for k in range(5, 51, 5))
+HEADLINE_THRESHOLDS = {"PCK": 0.2, "PCKh": 0.5}  # what the LSP and MPII papers report
 
 
 def pair_distance(joints, valid, pairs):

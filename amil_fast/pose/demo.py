@@ -12,6 +12,7 @@ import torch
 from amil_fast.pose import PoseDiscriminator, PoseGenerator, error_map
 from amil_fast.pose.codec import encode_targets
 from amil_fast.pose.data import PoseLoader
+from amil_fast.pose.evaluation.evaluate import TRUTH_FIELDS, predict_batches
 from amil_fast.pose.evaluation.scoring import GroundTruth, score
 from amil_fast.pose.inference.predictor import Predictor, load_model
 from amil_fast.pose.training.checkpoints import STATE, load_state, part
@@ -78,13 +79,10 @@ def run(folder, console, *, seed=0, image=None, changes=None):
 
 def _score(generator, figures):
     predictor = Predictor(generator)
-    rows, found = [], []
-    for batch in PoseLoader(figures, 32, shuffle=False, workers=0):
-        found.append(predictor(batch["image"], batch["to_image"])[0].numpy())
-        rows.append({name: value.numpy() for name, value in batch.items()})
-    samples = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    found = np.concatenate(found)
-    return samples, found, score(found, GroundTruth.of_samples(figures.skeleton, samples))
+    loader = PoseLoader(figures, 32, shuffle=False, workers=0)
+    samples = predict_batches(predictor, loader, fields=(*TRUTH_FIELDS, "image", "joints", "valid"))
+    result = score(samples["coords"], GroundTruth.of_samples(figures.skeleton, samples))
+    return samples, samples["coords"], result
 
 
 def _sheet(samples, found, skeleton, number=6):

@@ -128,9 +128,9 @@ def drive_adjust_pool(name, device):
 
 def drive_decode(device):
     import torch
-    from tests.ops.helpers import REFINEMENTS, make_maps
 
     from amil_fast import decode_heatmaps
+    from tests.ops.helpers import REFINEMENTS, make_maps
 
     backend = "cuda" if device == "cuda" else "cpp"
     # a warp, a block of 128 and one of 256 threads per map; "tiny" maps need the maximum of the whole blurred map

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from amil_fast.pose.training import checkpoints
-from amil_fast.pose.training.checkpoints import load_state, load_weights, publish, save_state
+from amil_fast.pose.training.checkpoints import load_state, load_weights, save_state
+from amil_fast.utils.files import publish
 from tests.pose.training_runs import one_thread  # noqa: F401 (a fixture)
 
 

@@ -8,7 +8,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from amil_fast.metrics.functional import normalized_errors
-from amil_fast.metrics.modules import PCK, TABLE_THRESHOLDS, JointConfusion, JointErrors, PCKh, head_size
+from amil_fast.metrics.modules import (
+    HEADLINE_THRESHOLDS,
+    PCK,
+    TABLE_THRESHOLDS,
+    JointConfusion,
+    JointErrors,
+    PCKh,
+    head_size,
+)
 from amil_fast.pose.data.annotations import Annotations
 from amil_fast.pose.data.errors import DataError
 from amil_fast.pose.data.files import read_json, read_mat
@@ -255,6 +263,21 @@ class Result:
     errors: dict
     sample_errors: np.ndarray
 
+    @property
+    def headline(self) -> str:
+        """Name of the metric at the threshold that papers report, such as ``"PCK@0.2"``."""
+        return headline(self.summary["metric"])
+
+    @property
+    def headline_score(self) -> float | None:
+        """Mean over joints of :attr:`headline`, in percent; None where nothing was counted."""
+        return self.summary[self.headline]["mean"]
+
+
+def headline(metric: str) -> str:
+    """Key in :attr:`Result.summary` of a metric (``"PCK"`` or ``"PCKh"``) at the threshold that papers report."""
+    return f"{metric}@{HEADLINE_THRESHOLDS[metric]:g}"
+
 
 def score(predictions, truth, *, metric="auto", pair="paper", either=False, radius=None):
     """PCK or PCKh with everything around it.
@@ -285,8 +308,9 @@ def score(predictions, truth, *, metric="auto", pair="paper", either=False, radi
     else:
         pck = PCK(skeleton, pair, either=either, sync_on_compute=False)
         sizes = pck.sizes(joints, valid) if truth.sizes is None else torch.from_numpy(truth.sizes)
+    name = "PCKh" if metric == "pckh" else "PCK"
     if radius is None:
-        radius = 0.5 if metric == "pckh" else 0.2
+        radius = HEADLINE_THRESHOLDS[name]
     confusion = JointConfusion(skeleton, radius, sync_on_compute=False)
     errors = JointErrors(skeleton, sync_on_compute=False)
     pck.update(predictions, joints, valid, normalizer=sizes)
@@ -296,7 +320,7 @@ def score(predictions, truth, *, metric="auto", pair="paper", either=False, radi
     by_sample, counted = normalized_errors(predictions, joints, sizes, valid)
     # A joint that is far off counts as one person's size: it mustn't hide what the others do.
     by_sample = torch.where(counted, by_sample.clamp(max=1.0), torch.nan)[:, list(skeleton.scored)].nanmean(1).numpy()
-    summary = summarize(table, counts, histogram, skeleton, "PCKh" if metric == "pckh" else "PCK", radius)
+    summary = summarize(table, counts, histogram, skeleton, name, radius)
     if metric == "pck":
         given = truth.sizes is not None
         summary["normalizer"] = "given" if given else [[skeleton.joints[k] for k in pair] for pair in pck.pairs]

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from amil_fast.pose.models import pretrained
 from amil_fast.pose.models.backbones import Hourglass, Residual
 from amil_fast.pose.models.regions import RegionStack, probability
 from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.utils import pretrained
 
 
 class PoseDiscriminator(nn.Module):

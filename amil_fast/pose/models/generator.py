@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from amil_fast.pose.codec import STRIDE
-from amil_fast.pose.models import pretrained
 from amil_fast.pose.models.backbones import make_backbone
 from amil_fast.pose.models.regions import RegionStack, probability
 from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.utils import pretrained
 
 
 class PoseOutput(NamedTuple):

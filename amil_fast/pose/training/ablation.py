@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from amil_fast.pose.data.loader import cores
-from amil_fast.pose.training.checkpoints import publish
+from amil_fast.pose.evaluation.scoring import headline
+from amil_fast.utils.files import publish
 
 _PLAIN = {"generator.blocks": 0, "discriminator": None, "loss.mil": 0.0}
 _REGIONS = {"discriminator": None}
@@ -125,7 +126,7 @@ def results(rows, out):
         if len(summaries) < len(runs):
             continue
         validations = [summary["validation"] for summary, _ in summaries]
-        metric = "PCKh@0.5" if validations[0]["metric"] == "PCKh" else "PCK@0.2"
+        metric = headline(validations[0]["metric"])
         names = [name for name in validations[0][metric] if name not in ("joints", "mean_of_joints")]
         table.append(
             {

@@ -7,48 +7,12 @@ written whole beside its place, flushed to the disk and then renamed.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
 STATE = "state.safetensors"
 VERSION = 1
-
-
-def publish(folder, write):
-    """Files into ``folder``, each whole or not at all.
-
-    Args:
-        folder: made where it isn't there; files of the same names are replaced, others stay.
-        write: function of an empty folder that puts the files there. The largest name (``state.safetensors``) is moved
-            last: what it describes is there when it is.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    partial.mkdir()
-    try:
-        write(partial)
-        written = sorted(partial.iterdir())
-        for path in written:
-            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
-            _flush(path)
-        for path in written:
-            os.replace(path, folder / path.name)
-        _flush(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_state(folder, tensors, facts):

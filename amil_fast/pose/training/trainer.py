@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from amil_fast.pose import (
 from amil_fast.pose.codec import encode_targets, invert, transform
 from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.loader import cores
+from amil_fast.pose.evaluation.evaluate import predict_batches
 from amil_fast.pose.evaluation.scoring import GroundTruth, score
 from amil_fast.pose.inference.predictor import Predictor
 from amil_fast.pose.training import checkpoints
@@ -39,6 +40,7 @@ from amil_fast.pose.training.data import training_data
 from amil_fast.pose.training.distributed import synchronize_batch_norm
 from amil_fast.pose.training.run_log import Report, number
 from amil_fast.pose.visualization.drawing import contact_sheet, pose_tile
+from amil_fast.utils.files import publish, write_json
 
 
 class Interrupted(Exception):
@@ -368,13 +370,13 @@ class PoseTraining:
         rate = steps * config.data.batch_size / max(self.totals.get("seconds", 0.0), 1e-9)
         row = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), **terms, "images/s": rate}
         if result is not None:
-            row[_headline(result)] = _score(result)
+            row[result.headline] = result.headline_score
             row |= {"samples": result.summary["samples"], "unmeasured": result.summary["unmeasured"]}
-            self.report.scalars("validation", {_headline(result): _score(result) or 0.0}, self.step)
+            self.report.scalars("validation", {result.headline: result.headline_score or 0.0}, self.step)
         self.report.epoch(row)
         self._say_epoch(row, result)
         if self._is_better(result):
-            self.best = {"score": None if result is None else _score(result), "step": self.step, "epoch": epoch}
+            self.best = {"score": None if result is None else result.headline_score, "step": self.step, "epoch": epoch}
             self._save_generator("best")
         self.epoch, self.epoch_step, self.totals = epoch, 0, {}
         self._clock = time.monotonic()  # evaluation doesn't count as training
@@ -384,7 +386,7 @@ class PoseTraining:
     def _is_better(self, result):
         if result is None:  # without validation the last is the best there is
             return self.validation_loader is None
-        found = _score(result)
+        found = result.headline_score
         return self.best["score"] is None or (found is not None and found > self.best["score"])
 
     def _finish(self):
@@ -400,8 +402,7 @@ class PoseTraining:
             }
         if not self.accelerator.is_main_process:
             return None
-        text = json.dumps(summary, indent=2) + "\n"
-        checkpoints.publish(self.out, lambda folder: (folder / "summary.json").write_text(text))
+        write_json(self.out / "summary.json", summary)
         return summary
 
     # ------------------------------------------------------------------ evaluation
@@ -409,29 +410,28 @@ class PoseTraining:
     def _evaluate(self, model, *, overlays=0, exact=False):
         """Scores on the validation people, or None where the run is to stop. ``exact``: in full precision."""
         predictor = Predictor(model, flip_test=self.config.run.flip_test)
-        rows, tiles = [], []
-        with ExitStack() as stack:
-            if not exact:
-                stack.enter_context(self.accelerator.autocast())
-            for batch in self.validation_loader:
-                coords, _ = predictor(batch["image"], batch["to_image"])
-                names = ("index", "image_joints", "visibility", "head_size")
-                rows.append({name: batch[name].numpy() for name in names} | {"found": coords.numpy()})
-                for i in range(min(overlays - len(tiles), len(coords))):
-                    joints = transform(invert(batch["to_image"][i].double().numpy()), coords[i].double().numpy())
-                    tiles.append(pose_tile(batch["image"][i], joints, skeleton=self.data.skeleton))
-                if self._stop and self.world == 1:
-                    return None
+        tiles = []
+
+        def on_batch(batch, coords):
+            for i in range(min(overlays - len(tiles), len(coords))):
+                joints = transform(invert(batch["to_image"][i].double().numpy()), coords[i].double().numpy())
+                tiles.append(pose_tile(batch["image"][i], joints, skeleton=self.data.skeleton))
+            return not (self._stop and self.world == 1)
+
+        with nullcontext() if exact else self.accelerator.autocast():
+            found = predict_batches(predictor, self.validation_loader, on_batch=on_batch)
+        if found is None:
+            return None
         if model is self.generator:
             model.train()
         if tiles:
             sheet = contact_sheet([tiles[i : i + 4] for i in range(0, len(tiles), 4)])
             self.report.picture("overlays", sheet, self.step)
-        rows = gather_object(rows)
+        rows = gather_object([found])
         everything = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         order = everything["index"].argsort(kind="stable")
         everything = {name: value[order] for name, value in everything.items()}
-        return score(everything["found"], GroundTruth.of_samples(self.data.skeleton, everything))
+        return score(everything["coords"], GroundTruth.of_samples(self.data.skeleton, everything))
 
     def _say_epoch(self, row, result):
         terms = {name: value for name, value in row.items() if name not in ("epoch", "step", "seconds")}
@@ -499,7 +499,7 @@ class PoseTraining:
             if also is not None:
                 also(folder)
 
-        checkpoints.publish(self.out / name, write)
+        publish(self.out / name, write)
 
     def _restore(self, tensors, facts):
         try:
@@ -570,15 +570,6 @@ class PoseTraining:
 def train(config, out, console, *, resume=False):
     """Trains a pose model; see :class:`PoseTraining`. Returns the summary."""
     return PoseTraining(config, out, console, resume=resume).run()
-
-
-def _headline(result):
-    return "PCKh@0.5" if result.summary["metric"] == "PCKh" else "PCK@0.2"
-
-
-def _score(result):
-    """Percent, or None where nobody could be measured."""
-    return result.summary[_headline(result)]["mean"]
 
 
 def _millions(model):
