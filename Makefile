@@ -1,22 +1,24 @@
-# Everything a fresh machine needs; `make test` and `make demo` install first. VENV and PYTHON may be set on the command line.
+# Everything that a fresh machine needs: every target installs first. VENV and PYTHON can be set on the command line.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
-.PHONY: install demo test lint format bench kernels clean
+.PHONY: install demo test lint format docs bench kernels clean
 
 install: $(INSTALLED)
 
-# Editable, with all extras; built in pip's own isolated environment. torch and Triton are pinned by constraints.txt.
+# Editable, with all extras, built in pip's isolated environment. torch and Triton are pinned by constraints.txt.
 $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/simd/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton
-	$(BIN)/python -m pip install -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all,dev,docs]"
 	$(BIN)/amil info
 	@touch $@
 
+# Trains a bag classifier and a pose model on synthetic data and writes pictures to demo/.
 demo: install
 	$(BIN)/amil demo
 
@@ -26,19 +28,24 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# Equality is asserted before anything is timed; results go to benchmarks/results/ under a name of your choice.
+# HTML in build/docs; warnings are errors.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# Asserts that the results are equal, then times them; add results worth keeping to benchmarks/results/.
 bench: install
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q --benchmark-json=benchmark.json
 	$(BIN)/python benchmarks/report.py benchmark.json
 
-# Compiles every shipped Triton configuration and the CUDA sources for sm_80, sm_90 and sm_100, no GPU needed; fails on spills.
+# Compiles every shipped Triton configuration for sm_80, sm_90 and sm_100 without a GPU; fails on spills.
 kernels: install
 	$(BIN)/python -m amil_fast.kernels.aot
 

@@ -8,7 +8,7 @@ import importlib
 
 from amil_fast.ops import adjust_pool, decode_heatmaps, soft_argmax
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> module that defines it; imported when first asked for.
 _LAZY = {
