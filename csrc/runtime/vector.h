@@ -53,7 +53,7 @@ inline void store(A* p, Vec<A> v) {
 
 // To an aligned address, without reading the line first or keeping it.
 template <class A>
-inline void store_past_cache(A* p, Vec<A> v) {
+inline void store_non_temporal(A* p, Vec<A> v) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
 #elif defined(__AVX2__)
