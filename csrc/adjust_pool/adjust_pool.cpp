@@ -124,8 +124,7 @@ void adjust_pool_backward(const Bags& bags, const BackwardArguments& args) {
             schedule.for_bags(slots, [&](BackwardBag& bag) { kernels.begin(bag); });
             if (with_weights)
                 schedule.for_chunks(
-                    slots,
-                    [&](BackwardBag& bag, int64_t k, void* stage) { kernels.weights_dot_chunk(bag, k, stage); },
+                    slots, [&](BackwardBag& bag, int64_t k, void* stage) { kernels.weights_dot_chunk(bag, k, stage); },
                     [&](BackwardBag& bag) { kernels.weights_dot_merge(bag); });
             for (int t = bags.T; t >= first_t; --t)
                 schedule.for_chunks(

@@ -1,5 +1,5 @@
-// Arguments and entry points of the adjust pooling kernels. Each function processes one bag, or one chunk of it, so that
-// a schedule (adjust_pool.cpp) can distribute the pieces over threads.
+// Arguments and entry points of the adjust pooling kernels. Each function processes one bag, or one chunk of it, so
+// that a schedule (schedule.h) can distribute the pieces over threads.
 //
 // Forward. The logits start at 0, so those of iteration t are b^t = F S_{t-1} with the running sum S_{t-1} = s^1 + ...
 // + s^{t-1} (Eq. 5). Each iteration is attention with a single query, computed in one pass over F by a softmax with a
@@ -83,9 +83,9 @@ struct BackwardBag : BagRows {
     bool detach_routing;
     bool non_temporal_stores;  // write grad_f past the cache: it is too large to stay there until it is read
 
-    void* coefficients;  // acc scratch, (2 (T - 1), m): w^2, beta^2, w^3, beta^3, ...
-    double sigma_dot_e;  // sigma^t . e^t of the next iteration to be processed
-    double weights_dot;  // sum_j w_j v_j
+    void* coefficients;    // acc scratch, (2 (T - 1), m): w^2, beta^2, w^3, beta^3, ...
+    double sigma_dot_e;    // sigma^t . e^t of the next iteration to be processed
+    double weights_dot;    // sum_j w_j v_j
     int64_t rows_written;  // real rows whose gradient has been written
 
     static int64_t num_vectors(int T) { return 2 * T + 1; }  // S_1 .. S_{T-1}, e^1 .. e^T, one sum, one temporary
@@ -108,12 +108,12 @@ struct OverlappedWrite {
 // `stage` is acc scratch of (kBlock + 1) * Dp elements, owned by the calling thread, whose last Dp elements are 0.
 struct ForwardKernels {
     void (*chunk)(ForwardBag& bag, int t, int64_t chunk, void* stage);  // partial sigma^t of a chunk
-    void (*merge)(ForwardBag& bag, int t);                // sigma^t, lse^t and S_t; for t = T the pooled vector
+    void (*merge)(ForwardBag& bag, int t);                  // sigma^t, lse^t and S_t; for t = T the pooled vector
     void (*weights_chunk)(ForwardBag& bag, int64_t chunk);  // the weights of iteration T
 };
 
 struct BackwardKernels {
-    void (*begin)(BackwardBag& bag);                                         // S_1 .. S_{T-1} and e^T
+    void (*begin)(BackwardBag& bag);                                          // S_1 .. S_{T-1} and e^T
     void (*weights_dot_chunk)(BackwardBag& bag, int64_t chunk, void* stage);  // partial sum_j w_j v_j of a chunk
     void (*weights_dot_merge)(BackwardBag& bag);
     // w^t, beta^t and the partial dL/dS_{t-1} of a chunk

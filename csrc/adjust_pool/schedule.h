@@ -1,5 +1,5 @@
-// Scheduling of adjust pooling: which thread processes which bag or chunk, and with which scratch memory. The arithmetic
-// is in simd/.
+// Scheduling of adjust pooling: which thread processes which bag or chunk, and with which scratch memory. The
+// arithmetic is in simd/.
 #pragma once
 
 #include <algorithm>

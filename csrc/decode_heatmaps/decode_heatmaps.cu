@@ -1,12 +1,12 @@
 // Heatmap decoding on CUDA: one launch, each map read once.
 //
 // One group of threads processes one map: a warp for small maps, otherwise a block of 128 or 256 threads. It finds the
-// maximum (with 16-byte loads if the map is contiguous and aligned), then computes the few blurred values around it from
-// a window of the map that is still cached. The arithmetic is in decode_joint.h, with the same order of operations as on
-// the CPU; together with -fmad=false (setup.py) the results are bit-identical.
+// maximum (with 16-byte loads if the map is contiguous and aligned), then computes the few blurred values around it
+// from a window of the map that is still cached. The arithmetic is in decode_joint.h, with the same order of operations
+// as on the CPU; together with -fmad=false (setup.py) the results are bit-identical.
 //
-// tests/ops/test_decode_cuda_on_cpu.py runs this file on the CPU: use only the CUDA functions that tests/ops/cuda_on_cpu
-// provides, or extend it.
+// tests/ops/test_decode_cuda_on_cpu.py runs this file on the CPU: use only the CUDA functions that
+// tests/ops/cuda_on_cpu provides, or extend it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -37,14 +37,14 @@ constexpr int kBlockThreads = 128, kMaxBlockThreads = 256;
 constexpr int kLaunchJoints = 512;  // joints per launch with `flipped`: the swap table is passed by value
 constexpr int kVectorBytes = 16;
 
-// Kernel arguments of a launch, passed by value (less than 4 KiB): nothing is copied to the device or kept alive, so that
-// the launch can be captured in a CUDA graph.
+// Kernel arguments of a launch, passed by value (less than 4 KiB): nothing is copied to the device or kept alive, so
+// that the launch can be captured in a CUDA graph.
 template <class T>
 struct DecodeLaunch {
     DecodeCall call;
     int64_t first_joint, num_joints;  // the part of the K joints that this launch processes
-    int group;                    // threads per map: kWarp or the whole block
-    int buffer;                   // shared-memory elements for the blur of one map; 0 without a blur
+    int group;                        // threads per map: kWarp or the whole block
+    int buffer;                       // shared-memory elements for the blur of one map; 0 without a blur
     int radius;
     T weights[kMaxBlurRadius + 1];
     int swap[kLaunchJoints];
@@ -200,8 +200,8 @@ __device__ T blur_row(const T* row, const DecodeLaunch<T>& launch) {
 
 // The maximum of the whole blurred map, computed tile by tile in the buffer; every thread receives the result.
 template <class In, class T>
-__device__ T blurred_maximum(const MapView<In>& map, int H, int W, const DecodeLaunch<T>& launch, const ThreadGroup& group,
-                             GroupStorage<T>& shared, T* buffer) {
+__device__ T blurred_maximum(const MapView<In>& map, int H, int W, const DecodeLaunch<T>& launch,
+                             const ThreadGroup& group, GroupStorage<T>& shared, T* buffer) {
     const int halo = 2 * launch.radius;
     const int tile_width = min(W, launch.buffer - halo), tile_height = launch.buffer / (tile_width + halo);
     RunningPeak<T> best = {-static_cast<T>(INFINITY), 0, false};
@@ -227,8 +227,8 @@ __device__ T blurred_maximum(const MapView<In>& map, int H, int W, const DecodeL
 
 // The Newton step of DARK or UDP; valid in thread 0 of the group.
 template <class In, class T>
-__device__ Step<T> blur_step(const MapView<In>& map, const DecodeLaunch<T>& launch, const ThreadGroup& group, GroupStorage<T>& shared,
-                             T* buffer, T maximum, int x, int y) {
+__device__ Step<T> blur_step(const MapView<In>& map, const DecodeLaunch<T>& launch, const ThreadGroup& group,
+                             GroupStorage<T>& shared, T* buffer, T maximum, int x, int y) {
     const Refine refine = launch.call.refine;
     const int H = launch.call.H, W = launch.call.W;
     const int reach = stencil_reach(refine), rows = 2 * reach + 1, columns = rows + 2 * launch.radius;
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __gri
     GroupStorage<T>& shared = *reinterpret_cast<GroupStorage<T>*>(shared_memory + group_in_block * bytes);
     T* buffer = reinterpret_cast<T*>(&shared + 1);
     const int64_t m = static_cast<int64_t>(blockIdx.x) * groups + group_in_block;
-    if (m >= call.B * launch.num_joints) return;  // in the last block, if several warps share a block: no map left for this warp
+    if (m >= call.B * launch.num_joints) return;  // past the last map: several warps share the last block
     const int64_t b = m / launch.num_joints, joint = m % launch.num_joints, k = launch.first_joint + joint;
     const MapView<In> map(call, b, k, call.flipped ? launch.swap[joint] : 0);
     RunningPeak<T> peak = reduce(group, search<In, T>(map, call.H, call.W, group), shared);
@@ -327,7 +327,9 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
             for (int64_t j = 0; j < launch.num_joints; ++j) launch.swap[j] = static_cast<int>(call.swap[first + j]);
         const int64_t blocks = (call.B * launch.num_joints + groups - 1) / groups;
         void* arguments[] = {&launch};
-        if (blocks > INT32_MAX) throw std::runtime_error("decode_heatmaps on CUDA: expected at most 2^31 - 1 blocks, got " + std::to_string(blocks));
+        if (blocks > INT32_MAX)
+            throw std::runtime_error("decode_heatmaps on CUDA: expected at most 2^31 - 1 blocks, got " +
+                                     std::to_string(blocks));
         check(cudaLaunchKernel(&decode_kernel<In, T>, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
                                shared_bytes, stream));
     }

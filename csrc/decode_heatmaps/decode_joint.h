@@ -1,5 +1,6 @@
-// The arithmetic of heatmap decoding for one joint, shared by the CPU (csrc/decode_heatmaps/simd/decode_maps.cpp) and CUDA
-// (csrc/decode_heatmaps/decode_heatmaps.cu). Both compile it without fused multiply-adds, so both get the same bits.
+// The arithmetic of heatmap decoding for one joint, shared by the CPU (csrc/decode_heatmaps/simd/decode_maps.cpp) and
+// CUDA (csrc/decode_heatmaps/decode_heatmaps.cu). Both compile it without fused multiply-adds, so both get the same
+// bits.
 //
 // The including file must define `widen(In)`, the conversion of a map element to acc, before it includes this header.
 // Everything is in an unnamed namespace: simd/ is compiled once per instruction set, and the linker must not merge the
@@ -153,8 +154,8 @@ AMIL_HD T rescale_and_clamp(Refine refine, T blurred, T factor) {
 }
 
 // log(v) - exponent * log(2) for normal v > 0, implemented here so that all compilers produce the same bits. With v =
-// 2^e m, sqrt(1/2) <= m < sqrt(2), and s = (m - 1) / (m + 1): log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), truncated where
-// the error is below one unit in the last place but one. Subtracting the peak's exponent first keeps the differences
+// 2^e m, sqrt(1/2) <= m < sqrt(2), and s = (m - 1) / (m + 1): log m = 2 (s + s^3 / 3 + s^5 / 5 + ...), truncated so
+// that all digits but the last are exact. Subtracting the peak's exponent first keeps the differences
 // accurate for maps with tiny values as well.
 AMIL_HD int32_t bits_of(float v) {
     int32_t bits;

@@ -1,4 +1,4 @@
-// Backward pass of adjust pooling; see kernels.h for the derivation and the arguments. Compiled once per instruction set.
+// Backward pass of adjust pooling, compiled once per instruction set; see kernels.h for the derivation.
 #include "adjust_pool/kernels.h"
 #include "adjust_pool/simd/blocks.h"
 #include "runtime/vector.h"
@@ -260,7 +260,7 @@ void backward_end(BackwardBag& bag) {
 template <class In, class A>
 const BackwardKernels& kernels() {
     static const BackwardKernels table = {
-        backward_begin<In, A>, weights_dot_chunk<In, A>, weights_dot_merge<A>, backward_chunk<In, A>,
+        backward_begin<In, A>, weights_dot_chunk<In, A>, weights_dot_merge<A>,  backward_chunk<In, A>,
         backward_merge<A>,     backward_end<A>,          backward_write<In, A>,
     };
     return table;

@@ -1,5 +1,5 @@
-// Building blocks of the adjust pooling kernels: operations on vectors, on blocks of kBlock rows, and on the chunks of a
-// bag. A is the accumulation type, In the type of the instances.
+// Building blocks of the adjust pooling kernels: operations on vectors, on blocks of kBlock rows, and on the chunks of
+// a bag. A is the accumulation type, In the type of the instances.
 //
 // Included by the sources in this folder only, which are compiled once per instruction set: everything is in an unnamed
 // namespace and no templates of the standard library are used (see runtime/vector.h).
@@ -52,8 +52,8 @@ struct Squash {
 
 // ---- blocks of rows ----
 
-// Pointers to kBlock rows of Dp entries each; pointers past the end refer to a row of zeros. Rows of type A whose length
-// is a multiple of kBlock are used in place; all others are first gathered, converted and zero-padded.
+// Pointers to kBlock rows of Dp entries each; pointers past the end refer to a row of zeros. Rows of type A whose
+// length is a multiple of kBlock are used in place; all others are first gathered, converted and zero-padded.
 template <class In, class A>
 struct RowBlock {
     const A* rows[kBlock];

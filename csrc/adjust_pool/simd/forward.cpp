@@ -1,4 +1,4 @@
-// Forward pass of adjust pooling; see kernels.h for the equations and the arguments. Compiled once per instruction set.
+// Forward pass of adjust pooling, compiled once per instruction set; see kernels.h for the equations.
 #include "adjust_pool/kernels.h"
 #include "adjust_pool/simd/blocks.h"
 #include "runtime/vector.h"
