@@ -1,14 +1,18 @@
-"""Build of the compiled extension ``amil_fast._C``; everything declarative is in pyproject.toml.
+"""Builds the compiled extension ``amil_fast._C``; all declarative metadata is in pyproject.toml.
 
-The extension includes no torch headers, so it builds in pip's isolated environment and survives torch upgrades. Three
-kinds of sources go into it (see CONTRIBUTING.md):
+The extension includes no torch headers, so it builds in pip's isolated environment and needs no rebuild when torch is
+upgraded. It consists of three kinds of sources (see CONTRIBUTING.md):
 
 - ``csrc/**/*.cpp``: compiled once, for the baseline instruction set;
-- ``csrc/**/simd/*.cpp``: compiled once per instruction set, selected at run time;
-- ``csrc/**/*.cu``: compiled by nvcc when there is one, with the CUDA runtime linked statically.
+- ``csrc/**/simd/*.cpp``: compiled once per instruction set; one copy is selected at run time;
+- ``csrc/**/*.cu``: compiled with nvcc if it is found, and linked with the static CUDA runtime.
 
-Environment: ``AMIL_FAST_CUDA=0`` leaves CUDA out, ``AMIL_FAST_CUDA=1`` makes a missing nvcc an error (default: use nvcc
-if found); ``CUDA_HOME`` and ``CXX`` as usual; ``AMIL_FAST_CUDA_ARCHS="90;100"`` compiles for fewer GPUs, faster.
+Environment variables:
+
+- ``AMIL_FAST_CUDA``: ``0`` builds without CUDA, ``1`` makes a missing nvcc an error; by default nvcc is used if found.
+- ``AMIL_FAST_CUDA_ARCHS``: GPU architectures to compile for, such as ``"90;100"``; fewer architectures build faster.
+- ``AMIL_FAST_VERBOSE``: any value prints the compiler commands, unless setup.py runs with ``-q``.
+- ``CUDA_HOME`` (or ``CUDA_PATH``), ``CXX``, ``MAX_JOBS``: as usual.
 """
 
 import json
@@ -36,14 +40,14 @@ if X86_64:
     INSTRUCTION_SETS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
-# Sources in simd/ that are compiled without fused multiply-adds: all copies, and CUDA, return the same bits.
+# Sources in simd/ that are compiled without fused multiply-adds, so that all copies and CUDA return the same bits.
 NO_FMA = ("decode_maps",)
-# SASS for these where nvcc knows them, PTX of the newest for GPUs to come.
+# SASS is generated for those of these architectures that nvcc supports, and PTX for the newest of them.
 CUDA_ARCHS = ("75", "80", "86", "89", "90", "100")
 
 
 def find_nvcc():
-    """Path of nvcc and the reason for the choice; the path is None where CUDA is left out."""
+    """Returns the path of nvcc, None to build without CUDA, and the reason."""
     wanted = os.environ.get("AMIL_FAST_CUDA", "auto")
     if wanted == "0":
         return None, "left out: AMIL_FAST_CUDA=0"
@@ -54,30 +58,42 @@ def find_nvcc():
         if nvcc.is_file():
             return str(nvcc), f"nvcc at {nvcc}"
     if wanted == "1":
-        raise SystemExit("amil_fast: AMIL_FAST_CUDA=1, but no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+        raise SystemExit("AMIL_FAST_CUDA=1: expected nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin, found none")
     return None, "left out: no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin"
 
 
 def cuda_arch_flags(nvcc):
-    """nvcc's -gencode flags for the GPUs that both this project and this nvcc know, and their names."""
-    known = set(re.findall(r"compute_(\d+)", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
-    wanted = os.environ.get("AMIL_FAST_CUDA_ARCHS", "").replace(",", ";").split(";")
-    archs = [a for a in (wanted if wanted != [""] else CUDA_ARCHS) if a in known]
+    """Returns nvcc's -gencode flags for the requested architectures that it supports, and the names of the targets."""
+    supported = set(re.findall(r"compute_(\d+)", subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)))
+    requested = os.environ.get("AMIL_FAST_CUDA_ARCHS", "").replace(",", ";")
+    requested = requested.split(";") if requested else CUDA_ARCHS
+    archs = [arch for arch in requested if arch in supported]
     if not archs:
-        raise SystemExit(f"amil_fast: nvcc at {nvcc} knows none of the GPUs asked for; it knows {sorted(known)}")
+        raise SystemExit(
+            f"AMIL_FAST_CUDA_ARCHS: expected architectures that {nvcc} supports ({', '.join(sorted(supported))}), "
+            f"got {', '.join(requested)}"
+        )
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return flags, [f"sm_{a}" for a in archs] + [f"compute_{archs[-1]}"]
 
 
 def object_name(source, variant=None):
-    """Object file of a source below csrc/, unique across its folders."""
+    """Returns the name of a source's object file, which is unique within csrc/."""
     parts = source.relative_to(ROOT / "csrc").with_suffix("").parts
     return ".".join([*parts, *([variant] if variant else []), "o"])
 
 
+def static_cudart_flags(nvcc):
+    """Returns the linker flags for the static CUDA runtime of nvcc's toolkit."""
+    toolkit = Path(nvcc).resolve().parent.parent
+    folders = [toolkit / "lib64", *toolkit.glob("targets/*/lib"), Path("/usr/local/cuda/lib64")]
+    found = [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").exists()]
+    return [*found, "-lcudart_static", "-lrt"]
+
+
 class BuildExtension(build_ext):
-    """Writes one build.ninja for all sources and runs it."""
+    """Compiles and links all sources with one build.ninja."""
 
     def build_extension(self, ext):
         build_dir = Path(self.build_temp).resolve()
@@ -103,12 +119,7 @@ class BuildExtension(build_ext):
             arch_flags, info["cuda_archs"] = cuda_arch_flags(nvcc)
             version = subprocess.check_output([nvcc, "--version"], text=True)
             info["cuda_version"] = re.search(r"release ([\d.]+)", version).group(1)
-        header = build_dir / "build_info.h"
-        text = f'#pragma once\n#define AMIL_BUILD_INFO R"json({json.dumps(info)})json"\n'
-        text += f"#define AMIL_WITH_CUDA {int(bool(cuda_sources))}\n"
-        text += f"#define AMIL_WITH_X86_SIMD {int(X86_64)}\n"
-        if not header.exists() or header.read_text() != text:  # an unchanged header keeps incremental builds quick
-            header.write_text(text)
+        self.write_build_info(build_dir / "build_info.h", info, with_cuda=bool(cuda_sources))
 
         objects = []
         with open(build_dir / "build.ninja", "w") as f:
@@ -131,18 +142,15 @@ class BuildExtension(build_ext):
                                 [f"-DAMIL_ISA={isa}", f"-ffp-contract={contract}", *flags])  # fmt: skip
             libraries = []
             if cuda_sources:
-                # fmad=false: the same arithmetic, bit for bit, as the host compiles from the shared headers
+                # -fmad=false: the headers shared with the host produce the same bits on both
                 w.rule("nvcc", f"{nvcc} -ccbin {cxx} -MMD -MF $out.d -std=c++17 -O3 -fmad=false -cudart static "
                        f"-Xcompiler -fPIC,-fvisibility=hidden {' '.join(arch_flags + includes)} -c $in -o $out",
                        depfile="$out.d", deps="gcc", description="NVCC $in")  # fmt: skip
                 for source in cuda_sources:
                     objects.append(object_name(source, "cu"))
                     w.build(objects[-1], "nvcc", str(source))
-                cuda_root = Path(nvcc).resolve().parent.parent
-                lib_dirs = [d for d in (cuda_root / "lib64", *cuda_root.glob("targets/*/lib"), "/usr/local/cuda/lib64")
-                            if (Path(d) / "libcudart_static.a").exists()]  # fmt: skip
-                libraries = [*(f"-L{d}" for d in lib_dirs), "-lcudart_static", "-lrt"]
-            # Everything needed is in the objects; symbols of a static libcudart must not leak out to torch's own.
+                libraries = static_cudart_flags(nvcc)
+            # Symbols of the static libcudart must not interfere with torch's own copy.
             libraries += ["-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
             w.build(str(target), "link", objects, variables={"flags": " ".join(libraries)})
 
@@ -151,18 +159,27 @@ class BuildExtension(build_ext):
         subprocess.check_call([Path(ninja.BIN_DIR) / "ninja", f"-j{jobs}", *verbose], cwd=build_dir)
 
         print(f"amil_fast._C built with {info['compiler']}", file=sys.stderr)
-        print(f"  CPU instruction sets: {', '.join(INSTRUCTION_SETS)} (chosen at run time)", file=sys.stderr)
+        print(f"  CPU instruction sets: {', '.join(INSTRUCTION_SETS)} (selected at run time)", file=sys.stderr)
         archs = f"{info['cuda_version']}, {', '.join(info['cuda_archs'])}, " if cuda_sources else ""
         print(f"  CUDA: {archs}{nvcc_reason}", file=sys.stderr)
 
+    @staticmethod
+    def write_build_info(header, info, with_cuda):
+        """Writes the header with the build's description and switches, unless it exists with the same content."""
+        text = f'#pragma once\n#define AMIL_BUILD_INFO R"json({json.dumps(info)})json"\n'
+        text += f"#define AMIL_WITH_CUDA {int(with_cuda)}\n"
+        text += f"#define AMIL_WITH_X86_SIMD {int(X86_64)}\n"
+        if not header.exists() or header.read_text() != text:  # an unchanged header causes no recompilation
+            header.write_text(text)
+
 
 class BuildPy(build_py):
-    """Copies the sibling folder kernels/ into the package amil_fast.kernels, where a wheel has it."""
+    """Copies the sibling folder kernels/ into the package as amil_fast.kernels, its location in a wheel."""
 
     def run(self):
         super().run()
         if self.editable_mode:
-            return  # there the shim amil_fast/kernels/__init__.py finds the folder itself
+            return  # amil_fast/kernels/__init__.py locates the folder
         target = Path(self.build_lib) / "amil_fast" / "kernels"
         for source in sorted((ROOT / "kernels").glob("*.py")):
             self.copy_file(str(source), str(target / source.name))

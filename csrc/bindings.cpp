@@ -1,5 +1,5 @@
-// The Python face of csrc/, and the only file that knows pybind11. Arguments are addresses and sizes: the callers in
-// amil_fast/ops have checked shapes, dtypes, devices and strides. Every function releases the GIL while it works.
+// Python bindings, the only file that uses pybind11. Arguments are addresses and sizes; the callers in amil_fast/ops
+// have checked shapes, dtypes, devices and strides. All operators release the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,7 +39,7 @@ amil::Bags make_bags(uintptr_t instances, int dtype, int64_t B, int64_t N, int64
             num_threads};
 }
 
-// One call from Python each: the bags as in make_bags, then the results' or the arguments' addresses.
+// Both take the arguments of make_bags, followed by the addresses of the remaining tensors.
 void adjust_pool_forward(uintptr_t instances, int dtype, int64_t B, int64_t N, int64_t D, int64_t bag_stride,
                          int64_t row_stride, uintptr_t offsets, uintptr_t lengths, uintptr_t mask, int T,
                          int num_threads, uintptr_t bag, uintptr_t weights, uintptr_t sigma, uintptr_t lse) {
@@ -62,26 +62,26 @@ void adjust_pool_backward(uintptr_t instances, int dtype, int64_t B, int64_t N, 
                pointer<const void>(lse), detach_routing, pointer<void>(grad_instances)});
 }
 
-// A call's description with the array it points into.
-struct DecodeCall {
+// A DecodeCall together with the array that its `swap` refers to; `DecodeCall` in Python.
+struct OwningDecodeCall {
     std::vector<int64_t> swap;
     amil::DecodeCall call;
 };
 
 using Sizes = std::array<int64_t, 4>;
 
-DecodeCall make_decode_call(uintptr_t heatmaps, Sizes strides, uintptr_t flipped, Sizes flipped_strides,
-                            std::vector<int64_t> swap, bool shift_flipped, int dtype, Sizes shape, int refine,
-                            int convention, int blur_kernel, uintptr_t center, uintptr_t scale, uintptr_t affine,
-                            uintptr_t coords, uintptr_t scores) {
-    DecodeCall made{std::move(swap), {}};
-    amil::DecodeCall& call = made.call;
+OwningDecodeCall make_decode_call(uintptr_t heatmaps, Sizes strides, uintptr_t flipped, Sizes flipped_strides,
+                                  std::vector<int64_t> swap, bool shift_flipped, int dtype, Sizes shape, int refine,
+                                  int convention, int blur_kernel, uintptr_t center, uintptr_t scale, uintptr_t affine,
+                                  uintptr_t coords, uintptr_t scores) {
+    OwningDecodeCall owner{std::move(swap), {}};
+    amil::DecodeCall& call = owner.call;
     call.heatmaps = pointer<const void>(heatmaps);
     std::tie(call.stride_b, call.stride_k, call.stride_y, call.stride_x) = std::tuple_cat(strides);
     call.flipped = pointer<const void>(flipped);
     std::tie(call.flipped_stride_b, call.flipped_stride_k, call.flipped_stride_y, call.flipped_stride_x) =
         std::tuple_cat(flipped_strides);
-    call.swap = made.swap.data();  // moves with the vector
+    call.swap = owner.swap.data();  // remains valid when the vector is moved
     call.shift_flipped = shift_flipped;
     call.dtype = static_cast<amil::Dtype>(dtype);
     call.B = shape[0];
@@ -96,13 +96,13 @@ DecodeCall make_decode_call(uintptr_t heatmaps, Sizes strides, uintptr_t flipped
     call.affine = pointer<const float>(affine);
     call.coords = pointer<float>(coords);
     call.scores = pointer<float>(scores);
-    return made;
+    return owner;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled part of amil_fast; use it through amil_fast.ops.";
+    m.doc() = "Compiled backends of amil_fast; use them through amil_fast.ops.";
     m.attr("build_info") = AMIL_BUILD_INFO;
     m.attr("with_cuda") = static_cast<bool>(AMIL_WITH_CUDA);
     m.def("usable_instruction_sets", &amil::usable_instruction_sets);
@@ -117,15 +117,15 @@ PYBIND11_MODULE(_C, m) {
     m.def("adjust_pool_forward", &adjust_pool_forward);
     m.def("adjust_pool_backward", &adjust_pool_backward);
 
-    py::class_<DecodeCall>(m, "DecodeCall").def(py::init(&make_decode_call));
-    m.def("decode_heatmaps_cpu", [](const DecodeCall& made, int num_threads) {
+    py::class_<OwningDecodeCall>(m, "DecodeCall").def(py::init(&make_decode_call));
+    m.def("decode_heatmaps_cpu", [](const OwningDecodeCall& owner, int num_threads) {
         py::gil_scoped_release release;
-        amil::decode_heatmaps_cpu(made.call, num_threads);
+        amil::decode_heatmaps_cpu(owner.call, num_threads);
     });
 #if AMIL_WITH_CUDA
-    m.def("decode_heatmaps_cuda", [](const DecodeCall& made, int device, uintptr_t stream) {
+    m.def("decode_heatmaps_cuda", [](const OwningDecodeCall& owner, int device, uintptr_t stream) {
         py::gil_scoped_release release;
-        amil::decode_heatmaps_cuda(made.call, device, pointer<void>(stream));
+        amil::decode_heatmaps_cuda(owner.call, device, pointer<void>(stream));
     });
 #endif
     m.def("blur_weights", [](int blur_kernel) {

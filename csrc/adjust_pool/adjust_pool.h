@@ -1,6 +1,6 @@
-// Adjust pooling on the CPU, forward and backward. Equations and letters as in the reference
-// (amil_fast/ops/_adjust_pool_reference.py); the recurrences that make one pass per iteration enough are derived in
-// adjust_pool_kernels.h.
+// Adjust pooling on the CPU, forward and backward. Equations and letters are those of the reference
+// (amil_fast/ops/adjust_pool_reference.py); kernels.h derives the recurrences that need only one pass over the
+// instances per iteration.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace amil {
 // Bags of instances, padded (offsets == nullptr) or packed. Strides count elements; instances have unit stride along D.
 struct Bags {
     const void* instances;  // padded (B, N, D), packed (total, D)
-    Dtype dtype;            // accumulation ("acc") below is float64 for float64 and float32 for the others
+    Dtype dtype;            // "acc" below: float64 for float64, float32 for all others
     int64_t B, N, D;        // N: padded length; unused for packed bags
     int64_t bag_stride;     // padded only
     int64_t row_stride;
@@ -25,7 +25,7 @@ struct Bags {
 
 struct ForwardOutputs {
     void* bag;      // (B, D), dtype
-    void* weights;  // (B, N) or (total,), acc; nullptr where not wanted
+    void* weights;  // (B, N) or (total,), acc; nullptr if not requested
     void* sigma;    // (B, T, D), acc
     void* lse;      // (B, T), acc
 };

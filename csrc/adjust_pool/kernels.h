@@ -1,10 +1,12 @@
-// The vector code of adjust pooling: what happens to one bag, in pieces that different threads may take.
+// Arguments and entry points of the adjust pooling kernels. Each function processes one bag, or one chunk of it, so
+// that a schedule (schedule.h) can distribute the pieces over threads.
 //
 // Forward. The logits start at 0, so those of iteration t are b^t = F S_{t-1} with the running sum S_{t-1} = s^1 + ...
-// + s^{t-1}: each iteration is attention with one query, and one pass over F is enough (softmax with a running
-// maximum):
+// + s^{t-1} (Eq. 5). Each iteration is attention with a single query, computed in one pass over F by a softmax with a
+// running maximum:
 //
-//     sigma^t = sum_i w_i f_i,  w = softmax(F S_{t-1}),  s^t = squash(sigma^t),  S_t = S_{t-1} + s^t
+//     sigma^t = sum_i w_i f_i (Eq. 2),  w = softmax(F S_{t-1}) (Eq. 4),  s^t = squash(sigma^t) (Eq. 3),
+//     S_t = S_{t-1} + s^t
 //
 // Backward, with g = dL/ds^T, e^t = dL/dsigma^t, squash's Jacobian J, v = dL/dw^T and lse^t the log-sum-exp of b^t:
 //
@@ -15,114 +17,125 @@
 //                        e^{t-1} = J(sigma^{t-1})' (dL/dS_{t-1} + ... + dL/dS_{T-1})
 //     dL/df_i = e^1 / m + sum_{t >= 2} (w_i^t e^t + beta_i^t S_{t-1})
 //
-// The last line needs two numbers per instance and iteration, which are kept, so it does not read F.
+// The last line needs only the two scalars w_i^t and beta_i^t per instance and iteration. They are stored, so the final
+// pass writes dL/df without reading F.
 //
-// A bag is cut into chunks of kChunkBytes, by its size alone. A chunk's sums are one partial result, and partial
-// results are merged in the order of the chunks: the same bits come out however many threads there are and whichever
-// takes what.
+// A bag is divided into chunks of kChunkBytes; the division depends on the bag's size only. Each chunk contributes one
+// partial result, and partial results are merged in chunk order, so results are bit-identical for any number of threads
+// and any assignment of chunks to threads.
 #pragma once
 
 #include <cstdint>
 
 #include "runtime/dtype.h"
-#include "runtime/instruction_set.h"
 
 namespace amil {
 
-constexpr int kBlock = 16;                  // rows a kernel takes at a time
-constexpr int64_t kChunkBytes = 256 << 10;  // of accumulation-type rows: an eighth of a 2 MiB L2 cache
+constexpr int kBlock = 16;                  // rows that a kernel processes at a time
+constexpr int64_t kChunkBytes = 256 << 10;  // in accumulation-type rows: an eighth of a 2 MiB L2 cache
 
-// One bag on its way through forward or backward. "acc" is float64 for float64, float32 for all other dtypes; vectors
-// of scratch have Dp = D rounded up to kBlock entries, the last Dp - D of them 0.
-struct BagWork {
-    const void* f;  // row i in memory at f + i * row_stride
+// The rows of one bag and the scratch that forward and backward share. "acc" is float64 for float64 and float32 for all
+// other dtypes. Scratch vectors have Dp entries, D rounded up to a multiple of kBlock; the last Dp - D are 0.
+struct BagRows {
+    const void* f;  // row i in memory starts at element i * row_stride
     int64_t row_stride;
-    const int64_t* index;    // (m,) which rows in memory are real, ascending; nullptr: rows 0 .. m - 1
-    int64_t m;               // real instances
-    int64_t rows_in_memory;  // >= m; what is not real gets weight 0 and gradient 0
+    const int64_t* index;    // (m,) positions of the real rows in memory, ascending; nullptr: rows 0 .. m - 1
+    int64_t m;               // number of real instances
+    int64_t rows_in_memory;  // >= m; rows that are not real get weight 0 and gradient 0
     int64_t D, Dp;
     int T;
-    int64_t chunk_rows, chunks;  // at least one chunk, empty in an empty bag
+    int64_t chunk_rows, num_chunks;  // num_chunks >= 1: an empty bag has one empty chunk
 
-    const void* sigma;  // (T, D) acc; the forward pass writes it
-    const void* lse;    // (T,) acc; the forward pass writes it
-    void* bag;          // forward: (D,) or nullptr
-    void* weights;      // forward: (rows_in_memory,) acc, or nullptr
+    // Prefetch distance in elements for bags larger than L2 (one block of rows); 0 disables prefetching. The hardware
+    // prefetcher loses track of rows that are read eight at a time: relying on it alone, a pass takes 1.6 times as long
+    // at 128 features and 1.15 times as long at 512 (AMD EPYC, Zen 4).
+    int64_t prefetch_distance;
 
-    const void* grad_bag;      // backward: (D,) or nullptr
-    const void* grad_weights;  // backward: (rows_in_memory,) acc, or nullptr
-    void* grad_f;              // backward: (rows_in_memory, D) contiguous
+    void* vectors;   // acc scratch, (num_vectors(T), Dp); see ForwardBag and BackwardBag
+    void* partials;  // acc scratch, (num_chunks, kBlock + Dp); see simd/blocks.h
+    void* copy;      // acc scratch, (m, Dp), or nullptr: rows converted to acc and padded to Dp, reused by later passes
+    bool copied;     // `copy` has been filled
+
+    int64_t approximate_bytes() const { return m * Dp * static_cast<int64_t>(sizeof(float)); }
+};
+
+// Arguments and workspace of the forward pass over one bag.
+struct ForwardBag : BagRows {
+    void* sigma;    // (T, D) acc, output
+    void* lse;      // (T,) acc, output
+    void* bag;      // (D,), output
+    void* weights;  // (rows_in_memory,) acc, output; nullptr if not requested
+
+    // The part of the next bag that is still to be prefetched, and the number of bytes to advance per block of rows.
+    const char *prefetch_begin, *prefetch_end;
+    int64_t prefetch_bytes_per_block;
+
+    static int64_t num_vectors(int T) { return T; }  // S_1 .. S_{T-1}, one temporary
+};
+
+// Arguments and workspace of the backward pass over one bag.
+struct BackwardBag : BagRows {
+    const void* sigma;         // (T, D) acc, from the forward pass
+    const void* lse;           // (T,) acc, from the forward pass
+    const void* grad_bag;      // (D,), or nullptr
+    const void* grad_weights;  // (rows_in_memory,) acc, or nullptr
+    void* grad_f;              // (rows_in_memory, D) contiguous, output
     bool detach_routing;
+    bool non_temporal_stores;  // write grad_f past the cache: it is too large to stay there until it is read
 
-    // Forward: what remains to be fetched of the next bag, and how much of it after each block of rows.
-    const char *fetch, *fetch_end;
-    int64_t fetch_bytes;
+    void* coefficients;    // acc scratch, (2 (T - 1), m): w^2, beta^2, w^3, beta^3, ...
+    double sigma_dot_e;    // sigma^t . e^t of the next iteration to be processed
+    double weights_dot;    // sum_j w_j v_j
+    int64_t rows_written;  // real rows whose gradient has been written
 
-    // Passes over a bag that no cache holds ask for the block of rows after the one at hand, by the distance in entries
-    // (0: they don't). The processor's own guess of what comes next loses track of rows that are read eight at a time:
-    // with it alone a pass takes 1.6 times as long at 128 features, 1.15 times at 512 (an EPYC of the Zen 4
-    // generation).
-    int64_t ahead;
-
-    bool stream_out;  // write grad_f past the cache: it is too large to be there when somebody reads it
-
-    void* vectors;       // acc scratch, (vectors(T), Dp)
-    void* partials;      // acc scratch, (chunks, kBlock + Dp): what the logits' exponentials are relative to, their
-                         // sum; the weighted sum of rows
-    void* copy;          // acc scratch, (m, Dp), or nullptr: the rows as the arithmetic wants them, for later passes
-    bool copied;         // a pass has filled it
-    void* coefficients;  // backward: acc scratch, (2 (T - 1), m): w^2, beta^2, w^3, beta^3, ...
-    double sigma_dot_e;  // backward: sigma^t . e^t of the iteration to come
-    double weights_dot;  // backward: sum_j w_j v_j
-
-    int64_t written;  // backward: rows whose gradient is written
-
-    int64_t bytes() const { return m * Dp * static_cast<int64_t>(sizeof(float)); }  // roughly
-
-    static int64_t num_vectors(int T) { return 2 * T + 1; }  // S_1 .. S_{T-1}, e^1 .. e^T, one for sums, one spare
+    static int64_t num_vectors(int T) { return 2 * T + 1; }  // S_1 .. S_{T-1}, e^1 .. e^T, one sum, one temporary
 };
 
-// Passes after the first run from the cache and leave the memory idle. In forward they fetch the next bag to the L2
-// cache, every kFetchStride-th line of it: the processor takes such a sparse walk for a stream and fetches the lines
-// between by itself. (Fetching every line is slower than fetching nothing, as is summing the next bag here: a core has
-// few buffers for lines that it asked for, and the passes over this bag wait for them. Of strides 1 to 16, 5 was best:
-// forward takes 0.75 of the time without at 32 KiB a bag, 0.88 at 512 KiB; a Xeon with 2 MiB of L2 cache.)
-constexpr int64_t kFetchStride = 5 * 64;
+// All passes over a bag but the first run from the cache and leave the memory bandwidth idle. The forward passes use it
+// to prefetch the next bag into L2, one cache line in every kPrefetchStride bytes; the hardware prefetcher recognizes
+// this as a stream and fills in the lines between. (Prefetching every line is slower than not prefetching, and so is
+// summing the next bag here: a core has few line fill buffers, and the loads of the current bag wait for them. Of
+// strides of 1 to 16 lines, 5 was fastest: forward takes 0.75 of the time without prefetching at 32 KiB per bag and
+// 0.88 at 512 KiB; Intel Xeon with 2 MiB of L2 cache.)
+constexpr int64_t kPrefetchStride = 5 * 64;
 
-// In backward they write the gradient of the bag before beside them, for writing waits for memory too.
-struct Beside {
-    BagWork* bag;    // nullptr: nothing
-    int64_t blocks;  // of it, for each block of this bag
+// The backward passes write the gradient of the previous bag meanwhile, since writing is bound by memory as well.
+struct OverlappedWrite {
+    BackwardBag* bag;  // the previous bag; nullptr: nothing to write
+    int64_t blocks;    // number of its blocks to write per block of the current bag
 };
 
-// Functions take `stage`, acc scratch of (kBlock + 1) * Dp entries that belongs to the calling thread, its last Dp
-// entries 0.
-struct AdjustPoolKernels {
-    void (*forward_chunk)(BagWork& bag, int t, int64_t chunk, void* stage);  // a partial sigma^t
-    void (*forward_merge)(BagWork& bag, int t);                              // sigma^t, lse^t, S_t; after T the result
-    void (*weights_chunk)(BagWork& bag, int64_t chunk);                      // the weights of iteration T
-    void (*backward_begin)(BagWork& bag);                                    // S_1 .. S_{T-1}, e^T
-    void (*backward_weights_chunk)(BagWork& bag, int64_t chunk, void* stage);  // a partial sum_j w_j v_j
-    void (*backward_weights_merge)(BagWork& bag);
-    void (*backward_chunk)(BagWork& bag, int t, int64_t chunk, void* stage,
-                           Beside beside);        // w^t, beta^t, partial dL/dS
-    void (*backward_merge)(BagWork& bag, int t);  // e^{t-1}
-    void (*backward_end)(BagWork& bag);           // what all rows of dL/df share
-    void (*backward_write)(BagWork& bag, int64_t end,
-                           void* stage);  // dL/df from row bag.written to end, and 0 beside it
+// `stage` is acc scratch of (kBlock + 1) * Dp elements, owned by the calling thread, whose last Dp elements are 0.
+struct ForwardKernels {
+    void (*chunk)(ForwardBag& bag, int t, int64_t chunk, void* stage);  // partial sigma^t of a chunk
+    void (*merge)(ForwardBag& bag, int t);                  // sigma^t, lse^t and S_t; for t = T the pooled vector
+    void (*weights_chunk)(ForwardBag& bag, int64_t chunk);  // the weights of iteration T
 };
 
-const AdjustPoolKernels& adjust_pool_kernels(InstructionSet instruction_set, Dtype dtype);
+struct BackwardKernels {
+    void (*begin)(BackwardBag& bag);                                          // S_1 .. S_{T-1} and e^T
+    void (*weights_dot_chunk)(BackwardBag& bag, int64_t chunk, void* stage);  // partial sum_j w_j v_j of a chunk
+    void (*weights_dot_merge)(BackwardBag& bag);
+    // w^t, beta^t and the partial dL/dS_{t-1} of a chunk
+    void (*chunk)(BackwardBag& bag, int t, int64_t chunk, void* stage, OverlappedWrite previous);
+    void (*merge)(BackwardBag& bag, int t);  // e^{t-1}
+    void (*end)(BackwardBag& bag);           // e^1 / m, the term that all rows of dL/df share
+    // dL/df of the real rows begin .. end - 1, and 0 for the rows between them that are not real
+    void (*write)(const BackwardBag& bag, int64_t begin, int64_t end, void* stage);
+};
 
-// One copy per instruction set, from csrc/adjust_pool/simd/kernels.cpp.
+// One copy per instruction set, from simd/forward.cpp and simd/backward.cpp.
 namespace baseline {
-const AdjustPoolKernels& adjust_pool_kernels(Dtype dtype);
-}
+const ForwardKernels& adjust_pool_forward_kernels(Dtype dtype);
+const BackwardKernels& adjust_pool_backward_kernels(Dtype dtype);
+}  // namespace baseline
 namespace avx2 {
-const AdjustPoolKernels& adjust_pool_kernels(Dtype dtype);
-}
+const ForwardKernels& adjust_pool_forward_kernels(Dtype dtype);
+const BackwardKernels& adjust_pool_backward_kernels(Dtype dtype);
+}  // namespace avx2
 namespace avx512 {
-const AdjustPoolKernels& adjust_pool_kernels(Dtype dtype);
-}
+const ForwardKernels& adjust_pool_forward_kernels(Dtype dtype);
+const BackwardKernels& adjust_pool_backward_kernels(Dtype dtype);
+}  // namespace avx512
 
 }  // namespace amil

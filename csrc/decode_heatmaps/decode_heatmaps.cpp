@@ -1,4 +1,4 @@
-// Heatmap decoding on the CPU: the weights of the blur, and the maps shared out over threads.
+// Heatmap decoding on the CPU: the weights of the Gaussian blur and the distribution of maps over threads.
 #include "decode_heatmaps/decode_heatmaps.h"
 
 #include <algorithm>
@@ -12,11 +12,11 @@
 namespace amil {
 namespace {
 
-// A task reads about this many elements: below it, waking a second thread costs more than it saves.
+// Elements per task: for less work than this, waking a second thread costs more than it saves.
 constexpr int64_t kTaskElements = 32 << 10;
 
-// A thread keeps its scratch between calls up to this size.
-constexpr size_t kKeptScratchBytes = 1 << 20;
+// Scratch up to this size stays allocated in each thread between calls.
+constexpr size_t kMaxCachedScratchBytes = 1 << 20;
 
 DecodeFunctions decode_functions() {
     switch (instruction_set()) {
@@ -36,7 +36,7 @@ DecodeFunctions decode_functions() {
 BlurWeights blur_weights(int blur_kernel) {
     BlurWeights blur{};
     blur.radius = blur_kernel / 2;
-    // OpenCV rounds its small kernels to a few bits.
+    // OpenCV's small kernels are tabulated with few significant bits.
     static constexpr double kSmall[][5] = {{1},
                                            {2 / 4., 1 / 4.},
                                            {6 / 16., 4 / 16., 1 / 16.},
@@ -60,16 +60,16 @@ void decode_heatmaps_cpu(const DecodeCall& call, int num_threads) {
     const BlurWeights blur = blur_weights(call.blur_kernel);
     const DecodeFunctions functions = decode_functions();
     const size_t scratch_bytes = static_cast<size_t>(functions.scratch_bytes(call));
-    const int64_t maps = call.B * call.K, elements = static_cast<int64_t>(call.H) * call.W;
+    const int64_t num_maps = call.B * call.K, elements = static_cast<int64_t>(call.H) * call.W;
     const int64_t maps_per_task = std::max<int64_t>(1, kTaskElements / elements);
-    const int64_t tasks = (maps + maps_per_task - 1) / maps_per_task;
-    parallel_for(tasks, num_threads, [&](int64_t task) {
-        thread_local std::vector<char> kept;
+    const int64_t num_tasks = (num_maps + maps_per_task - 1) / maps_per_task;
+    parallel_for(num_tasks, num_threads, [&](int64_t task) {
+        thread_local std::vector<char> cached;
         std::vector<char> large;
-        std::vector<char>& scratch = scratch_bytes <= kKeptScratchBytes ? kept : large;
+        std::vector<char>& scratch = scratch_bytes <= kMaxCachedScratchBytes ? cached : large;
         if (scratch.size() < scratch_bytes) scratch.resize(scratch_bytes);
         const int64_t begin = task * maps_per_task;
-        functions.decode_maps(call, blur, begin, std::min(maps, begin + maps_per_task), scratch.data());
+        functions.decode_maps(call, blur, begin, std::min(num_maps, begin + maps_per_task), scratch.data());
     });
 }
 

@@ -1,12 +1,12 @@
 // Heatmap decoding on CUDA: one launch, each map read once.
 //
-// A group of threads takes one map: a warp where maps are small, else a block of 128 or 256 threads. It finds the
-// maximum (16-byte loads where the map is contiguous and aligned), then computes the few blurred values around it from
-// the map's window, which the caches still hold. What is computed is in decode_joint.h, in the same order of operations
-// as on the CPU; -fmad=false (setup.py) makes it the same bits.
+// One group of threads processes one map: a warp for small maps, otherwise a block of 128 or 256 threads. It finds the
+// maximum (with 16-byte loads if the map is contiguous and aligned), then computes the few blurred values around it
+// from a window of the map that is still cached. The arithmetic is in decode_joint.h, with the same order of operations
+// as on the CPU; together with -fmad=false (setup.py) the results are bit-identical.
 //
-// tests/ops/test_decode_cuda_on_cpu.py runs this file on the CPU: keep to the CUDA calls that tests/ops/cuda_on_cpu provides,
-// or extend it.
+// tests/ops/test_decode_cuda_on_cpu.py runs this file on the CPU: use only the CUDA functions that
+// tests/ops/cuda_on_cpu provides, or extend it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -25,7 +25,7 @@ __host__ __device__ __forceinline__ float widen(__half x) { return __half2float(
 __host__ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 }  // namespace
 }  // namespace amil
-// needs widen()
+// must follow the definitions of widen()
 #include "decode_heatmaps/decode_joint.h"
 
 namespace amil {
@@ -34,35 +34,35 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBlockThreads = 128, kMaxBlockThreads = 256;
-constexpr int kLaunchJoints = 512;  // joints of one launch where `flipped` is given: the swap table travels by value
+constexpr int kLaunchJoints = 512;  // joints per launch with `flipped`: the swap table is passed by value
 constexpr int kVectorBytes = 16;
 
-// All that a launch needs, passed by value (less than 4 KiB): no copy to the device, nothing to keep alive, so a CUDA
-// graph may replay it.
+// Kernel arguments of a launch, passed by value (less than 4 KiB): nothing is copied to the device or kept alive, so
+// that the launch can be captured in a CUDA graph.
 template <class T>
-struct Launch {
+struct DecodeLaunch {
     DecodeCall call;
-    int64_t first_joint, joints;  // this launch's part of the K joints
-    int group;                    // threads per map: kWarp, or all of a block
-    int buffer;                   // elements of T in shared memory that the blur of one map has; 0 without a blur
+    int64_t first_joint, num_joints;  // the part of the K joints that this launch processes
+    int group;                        // threads per map: kWarp or the whole block
+    int buffer;                       // shared-memory elements for the blur of one map; 0 without a blur
     int radius;
     T weights[kMaxBlurRadius + 1];
     int swap[kLaunchJoints];
 };
 
-// Shared memory of one group; the blur's buffer follows.
+// Shared memory of one group, followed by the blur's buffer.
 template <class T>
-struct Shared {
+struct GroupStorage {
     T logs[16];
     T values[kMaxBlockThreads / kWarp];
     int indices[kMaxBlockThreads / kWarp];
     int flags[kMaxBlockThreads / kWarp];
-    int touched;
+    int needs_maximum;  // of the whole blurred map
     int padding[3];
 };
 
-// The threads that share a map.
-struct Group {
+// The threads that process one map.
+struct ThreadGroup {
     int size, rank;
     __device__ __forceinline__ void sync() const {
         if (size == kWarp)
@@ -73,21 +73,21 @@ struct Group {
 };
 
 template <class T>
-struct Peak {
+struct RunningPeak {
     T value;
     int index;
     bool nan;
 
-    // A thread offers its pixels in ascending order, so the first of equal ones stays.
-    __device__ __forceinline__ void offer(T v, int i) {
+    // Called with ascending pixel indices, so that the first of equal values is kept.
+    __device__ __forceinline__ void update(T v, int i) {
         nan |= v != v;
         if (v > value) value = v, index = i;
     }
 };
 
-// The best of all threads' peaks, in all threads.
+// Reduces the peaks of all threads; every thread receives the result.
 template <class T>
-__device__ Peak<T> reduce(const Group& group, Peak<T> peak, Shared<T>& shared) {
+__device__ RunningPeak<T> reduce(const ThreadGroup& group, RunningPeak<T> peak, GroupStorage<T>& shared) {
     for (int distance = kWarp / 2; distance; distance /= 2) {
         const T value = __shfl_xor_sync(kAllLanes, peak.value, distance);
         const int index = __shfl_xor_sync(kAllLanes, peak.index, distance);
@@ -115,30 +115,30 @@ __device__ __forceinline__ bool aligned(const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
 }
 
-// Elements of one 16-byte load.
+// The elements of one 16-byte load.
 template <class In>
-struct alignas(kVectorBytes) Vector {
+struct alignas(kVectorBytes) LoadVector {
     static constexpr int kSize = kVectorBytes / sizeof(In);
     In elements[kSize];
 };
 
-// Offers the map, and the mirrored map averaged in, by loads of 16 bytes, of which kInFlight are on their way at a
-// time.
-template <bool kMirror, class In, class T>
-__device__ __forceinline__ void search_vectors(const MapView<In>& map, int count, int row, const Group& group,
-                                               Peak<T>& peak) {
-    constexpr int V = Vector<In>::kSize, kInFlight = kMirror ? 1 : 2;
-    const Vector<In>* vectors = reinterpret_cast<const Vector<In>*>(map.map);
-    const Vector<In>* mirror = reinterpret_cast<const Vector<In>*>(map.mirror);
+// Updates the peak with the pixels of the map, averaged with the flipped map if there is one, using 16-byte loads, of
+// which kInFlight are in flight at a time.
+template <bool kFlipped, class In, class T>
+__device__ __forceinline__ void search_vectors(const MapView<In>& map, int count, int row, const ThreadGroup& group,
+                                               RunningPeak<T>& peak) {
+    constexpr int V = LoadVector<In>::kSize, kInFlight = kFlipped ? 1 : 2;
+    const LoadVector<In>* vectors = reinterpret_cast<const LoadVector<In>*>(map.map);
+    const LoadVector<In>* flipped = reinterpret_cast<const LoadVector<In>*>(map.flipped);
 #pragma unroll 1
     for (int first = group.rank; first < count; first += kInFlight * group.size) {
-        Vector<In> loaded[kInFlight], mirrored[kInFlight];
+        LoadVector<In> loaded[kInFlight], loaded_flipped[kInFlight];
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
             const int v = first + u * group.size;
             if (v >= count) continue;
             loaded[u] = vectors[v];
-            if (kMirror) mirrored[u] = mirror[v / row * row + (row - 1 - v % row)];
+            if (kFlipped) loaded_flipped[u] = flipped[v / row * row + (row - 1 - v % row)];
         }
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
@@ -147,38 +147,38 @@ __device__ __forceinline__ void search_vectors(const MapView<In>& map, int count
 #pragma unroll
             for (int e = 0; e < V; ++e) {
                 T value = widen(loaded[u].elements[e]);
-                if (kMirror) value = MapView<In>::average(value, widen(mirrored[u].elements[V - 1 - e]));
-                peak.offer(value, v * V + e);
+                if (kFlipped) value = MapView<In>::average(value, widen(loaded_flipped[u].elements[V - 1 - e]));
+                peak.update(value, v * V + e);
             }
         }
     }
 }
 
-// Each thread's best pixel of its share of the map.
+// The maximum over the calling thread's share of the map.
 template <class In, class T>
-__device__ __forceinline__ Peak<T> search(const MapView<In>& map, int H, int W, const Group& group) {
-    constexpr int V = Vector<In>::kSize;
+__device__ __forceinline__ RunningPeak<T> search(const MapView<In>& map, int H, int W, const ThreadGroup& group) {
+    constexpr int V = LoadVector<In>::kSize;
     const int n = H * W;
-    Peak<T> peak = {-static_cast<T>(INFINITY), 0, false};
+    RunningPeak<T> peak = {-static_cast<T>(INFINITY), 0, false};
     int p = group.rank;
     if (map.stride_x == 1 && map.stride_y == W && aligned(map.map)) {
-        if (!map.mirror) {
+        if (!map.flipped) {
             search_vectors<false>(map, n / V, W, group, peak);
             p += n / V * V;
-        } else if (map.mirror_stride_x == 1 && map.mirror_stride_y == W && aligned(map.mirror) && W % V == 0 &&
-                   !map.shift) {
+        } else if (map.flipped_stride_x == 1 && map.flipped_stride_y == W && aligned(map.flipped) && W % V == 0 &&
+                   !map.shift_flipped) {
             search_vectors<true>(map, n / V, W / V, group, peak);
             p += n;
         }
     }
 #pragma unroll 1
-    for (; p < n; p += group.size) peak.offer(map.at(p / W, p % W), p);
+    for (; p < n; p += group.size) peak.update(map.at(p / W, p % W), p);
     return peak;
 }
 
-// The map blurred along y at (y, x), x possibly outside.
+// The map blurred along y at (y, x); x may be outside the map.
 template <class In, class T>
-__device__ T blur_column(const MapView<In>& map, int H, int W, const Launch<T>& launch, int y, int x) {
+__device__ T blur_column(const MapView<In>& map, int H, int W, const DecodeLaunch<T>& launch, int y, int x) {
     T sum = 0;
     if (x < 0 || x >= W) return sum;
     const int radius = launch.radius;
@@ -188,9 +188,9 @@ __device__ T blur_column(const MapView<In>& map, int H, int W, const Launch<T>& 
     return sum;
 }
 
-// The blur along x of 2 radius + 1 values in a row.
+// The blur along x over 2 radius + 1 values of a row.
 template <class T>
-__device__ T blur_row(const T* row, const Launch<T>& launch) {
+__device__ T blur_row(const T* row, const DecodeLaunch<T>& launch) {
     const int radius = launch.radius;
     T sum = 0;
 #pragma unroll 4
@@ -198,13 +198,13 @@ __device__ T blur_row(const T* row, const Launch<T>& launch) {
     return sum;
 }
 
-// The maximum of the whole blurred map, in all threads: tile by tile through the buffer.
+// The maximum of the whole blurred map, computed tile by tile in the buffer; every thread receives the result.
 template <class In, class T>
-__device__ T blurred_maximum(const MapView<In>& map, int H, int W, const Launch<T>& launch, const Group& group,
-                             Shared<T>& shared, T* buffer) {
+__device__ T blurred_maximum(const MapView<In>& map, int H, int W, const DecodeLaunch<T>& launch,
+                             const ThreadGroup& group, GroupStorage<T>& shared, T* buffer) {
     const int halo = 2 * launch.radius;
     const int tile_width = min(W, launch.buffer - halo), tile_height = launch.buffer / (tile_width + halo);
-    Peak<T> best = {-static_cast<T>(INFINITY), 0, false};
+    RunningPeak<T> best = {-static_cast<T>(INFINITY), 0, false};
 #pragma unroll 1
     for (int y0 = 0; y0 < H; y0 += tile_height) {
 #pragma unroll 1
@@ -225,10 +225,10 @@ __device__ T blurred_maximum(const MapView<In>& map, int H, int W, const Launch<
     return reduce(group, best, shared).value;
 }
 
-// The step of DARK or UDP, valid in the group's thread 0.
+// The Newton step of DARK or UDP; valid in thread 0 of the group.
 template <class In, class T>
-__device__ Step<T> blur_step(const MapView<In>& map, const Launch<T>& launch, const Group& group, Shared<T>& shared,
-                             T* buffer, T maximum, int x, int y) {
+__device__ Step<T> blur_step(const MapView<In>& map, const DecodeLaunch<T>& launch, const ThreadGroup& group,
+                             GroupStorage<T>& shared, T* buffer, T maximum, int x, int y) {
     const Refine refine = launch.call.refine;
     const int H = launch.call.H, W = launch.call.W;
     const int reach = stencil_reach(refine), rows = 2 * reach + 1, columns = rows + 2 * launch.radius;
@@ -242,25 +242,25 @@ __device__ Step<T> blur_step(const MapView<In>& map, const Launch<T>& launch, co
     group.sync();
     T value = 0;
     if (i < kWarp) {
-        bool touched = false;
+        bool may_change = false;
         if (i < n) {
             const int row = reach + stencil_y(refine, i, y, H), column = reach + stencil_x(refine, i, x, W);
             value = blur_row(buffer + row * columns + column, launch);
-            touched = clamp_may_touch(refine, value, maximum);
+            may_change = clamp_may_change(refine, value, maximum);
         }
-        touched = __any_sync(kAllLanes, touched);
-        if (i == 0) shared.touched = touched;
+        may_change = __any_sync(kAllLanes, may_change);
+        if (i == 0) shared.needs_maximum = may_change;
     }
     group.sync();
     T factor = 1;
-    if (shared.touched) factor = maximum / blurred_maximum(map, H, W, launch, group, shared, buffer);
+    if (shared.needs_maximum) factor = maximum / blurred_maximum(map, H, W, launch, group, shared, buffer);
     Step<T> step = {0, 0};
     if (i < kWarp) {
         if (i < n) shared.logs[i] = rescale_and_clamp(refine, value, factor);
         __syncwarp();
         const int exponent = exponent_of(shared.logs[0]);
         __syncwarp();
-        if (i < n) shared.logs[i] = log_less_exponent(shared.logs[i], exponent);
+        if (i < n) shared.logs[i] = log_minus_exponent(shared.logs[i], exponent);
         __syncwarp();
         if (i == 0) step = newton_step(refine, shared.logs);
     }
@@ -268,19 +268,19 @@ __device__ Step<T> blur_step(const MapView<In>& map, const Launch<T>& launch, co
 }
 
 template <class In, class T>
-__global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __grid_constant__ Launch<T> launch) {
+__global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __grid_constant__ DecodeLaunch<T> launch) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
     const DecodeCall& call = launch.call;
-    const Group group = {launch.group, static_cast<int>(threadIdx.x) % launch.group};
+    const ThreadGroup group = {launch.group, static_cast<int>(threadIdx.x) % launch.group};
     const int groups = blockDim.x / launch.group, group_in_block = threadIdx.x / launch.group;
-    const int64_t bytes = sizeof(Shared<T>) + launch.buffer * sizeof(T);
-    Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_memory + group_in_block * bytes);
+    const int64_t bytes = sizeof(GroupStorage<T>) + launch.buffer * sizeof(T);
+    GroupStorage<T>& shared = *reinterpret_cast<GroupStorage<T>*>(shared_memory + group_in_block * bytes);
     T* buffer = reinterpret_cast<T*>(&shared + 1);
     const int64_t m = static_cast<int64_t>(blockIdx.x) * groups + group_in_block;
-    if (m >= call.B * launch.joints) return;  // a warp of the last block; only warps share a block with others
-    const int64_t b = m / launch.joints, joint = m % launch.joints, k = launch.first_joint + joint;
+    if (m >= call.B * launch.num_joints) return;  // past the last map: several warps share the last block
+    const int64_t b = m / launch.num_joints, joint = m % launch.num_joints, k = launch.first_joint + joint;
     const MapView<In> map(call, b, k, call.flipped ? launch.swap[joint] : 0);
-    Peak<T> peak = reduce(group, search<In, T>(map, call.H, call.W, group), shared);
+    RunningPeak<T> peak = reduce(group, search<In, T>(map, call.H, call.W, group), shared);
     if (peak.nan) peak.value = NAN, peak.index = 0;
     const int x = peak.index % call.W, y = peak.index / call.W;
     Step<T> step = {0, 0};
@@ -301,12 +301,12 @@ void check(cudaError_t status) {
 template <class In>
 void launch_all(const DecodeCall& call, cudaStream_t stream) {
     typedef typename AccumulationOf<In>::type T;
-    Launch<T> launch;
+    DecodeLaunch<T> launch;
     launch.call = call;
-    launch.call.swap = nullptr;  // host memory
+    launch.call.swap = nullptr;  // in host memory; replaced by launch.swap
     const int64_t pixels = static_cast<int64_t>(call.H) * call.W;
-    // A warp per map up to 1024 pixels (8 loads of 16 bytes per lane for float32): a block's threads would have one
-    // load each or none. 256 threads from 96 x 96 on, where 128 would take more than four rounds of loads.
+    // A warp per map up to 1024 pixels (8 loads of 16 bytes per lane in float32): with a block, each thread would issue
+    // at most two loads. 256 threads from 96 x 96 pixels on, where 128 would need more than four rounds of loads.
     launch.group = pixels <= 1024 ? kWarp : pixels < 9216 ? kBlockThreads : kMaxBlockThreads;
     const int threads = std::max(launch.group, kBlockThreads), groups = threads / launch.group;
     const BlurWeights blur = blur_weights(call.blur_kernel);
@@ -314,20 +314,22 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
     for (int d = 0; d <= blur.radius; ++d) launch.weights[d] = static_cast<T>(blur.weights[d]);
     launch.buffer = 0;
     if (call.refine >= Refine::dark) {
-        const int window = 5 * (5 + 2 * blur.radius);  // DARK's five rows; more than a row of any tile's halo
+        const int window = 5 * (5 + 2 * blur.radius);  // DARK's five rows; larger than the halo of a tile row
         launch.buffer = (std::max(window, launch.group == kWarp ? 256 : 1024) + 3) / 4 * 4;
     }
-    const size_t shared_bytes = groups * (sizeof(Shared<T>) + launch.buffer * sizeof(T));
+    const size_t shared_bytes = groups * (sizeof(GroupStorage<T>) + launch.buffer * sizeof(T));
 
     const int64_t step = call.flipped ? kLaunchJoints : call.K;
     for (int64_t first = 0; first < call.K; first += step) {
         launch.first_joint = first;
-        launch.joints = std::min(step, call.K - first);
+        launch.num_joints = std::min(step, call.K - first);
         if (call.flipped)
-            for (int64_t j = 0; j < launch.joints; ++j) launch.swap[j] = static_cast<int>(call.swap[first + j]);
-        const int64_t blocks = (call.B * launch.joints + groups - 1) / groups;
+            for (int64_t j = 0; j < launch.num_joints; ++j) launch.swap[j] = static_cast<int>(call.swap[first + j]);
+        const int64_t blocks = (call.B * launch.num_joints + groups - 1) / groups;
         void* arguments[] = {&launch};
-        if (blocks > INT32_MAX) throw std::runtime_error("decode_heatmaps on CUDA: more than 2^31 - 1 blocks of maps");
+        if (blocks > INT32_MAX)
+            throw std::runtime_error("decode_heatmaps on CUDA: expected at most 2^31 - 1 blocks, got " +
+                                     std::to_string(blocks));
         check(cudaLaunchKernel(&decode_kernel<In, T>, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
                                shared_bytes, stream));
     }

@@ -1,4 +1,4 @@
-// Sizes of the processor's caches. Only the order of work and the kind of stores depend on them, never a result.
+// Cache sizes of the processor. They determine the order of work and the kind of stores, but never a result.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,11 @@
 namespace amil {
 
 struct Caches {
-    int64_t l2;  // bytes, of one core
-    int64_t l3;  // bytes, shared by some cores
+    int64_t l2;  // bytes per core
+    int64_t l3;  // bytes, shared by several cores
 };
 
-// Those of the first core, found once.
+// The caches of the first core, determined on the first call.
 const Caches& caches();
 
 }  // namespace amil

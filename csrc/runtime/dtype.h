@@ -1,4 +1,4 @@
-// The element types that tensors may have, as the Python side numbers them.
+// Element types of tensors, with the codes that the Python side uses (amil_fast/ops).
 #pragma once
 
 namespace amil {

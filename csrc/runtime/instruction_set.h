@@ -1,4 +1,4 @@
-// The choice between the copies of the sources in csrc/*/simd that were compiled for different instruction sets.
+// Selects between the copies of csrc/*/simd that are compiled for different instruction sets.
 #pragma once
 
 #include <string>
@@ -8,14 +8,15 @@ namespace amil {
 
 enum class InstructionSet { baseline = 0, avx2 = 1, avx512 = 2 };
 
-// What the running processor can execute, slowest first.
+// The instruction sets that the processor supports, slowest first.
 std::vector<std::string> usable_instruction_sets();
 
-// The one in use: the last of the usable ones unless another was set.
+// The instruction set in use: by default the fastest supported one.
 InstructionSet instruction_set();
 std::string instruction_set_name();
 
-// Uses another one from now on, for tests and benchmarks. Throws std::invalid_argument if it isn't usable here.
+// Changes the instruction set in use, for tests and benchmarks. Throws std::invalid_argument if the processor does not
+// support it.
 void set_instruction_set(const std::string& name);
 
 }  // namespace amil

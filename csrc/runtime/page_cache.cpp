@@ -11,29 +11,29 @@ namespace amil {
 namespace {
 
 constexpr size_t kHugePage = 2 << 20;
-constexpr size_t kMostKeptBlocks = 4;
-constexpr size_t kMostKeptBytes = size_t(1) << 30;
-constexpr size_t kMostResidentBytes = 256 << 20;
+constexpr size_t kMaxCachedBlocks = 4;
+constexpr size_t kMaxCachedBytes = size_t(1) << 30;
+constexpr size_t kMaxResidentBytes = 256 << 20;
 
-struct Block {
+struct CachedBlock {
     void* data;
     size_t capacity;
-    bool released;  // the system was told that it may take the pages
+    bool released;  // MADV_FREE was applied: the system may reclaim the pages
 };
 
-struct Cache {
+struct PageCache {
     std::mutex mutex;
-    std::vector<Block> kept;  // oldest first
+    std::vector<CachedBlock> cached;  // oldest first
 };
 
-// Never destroyed: Python may free the last tensors after C++ has destroyed its static objects.
-Cache& cache() {
-    static Cache* const instance = new Cache;
+// Never destroyed: Python may free the last tensors after the destruction of static C++ objects.
+PageCache& cache() {
+    static PageCache* const instance = new PageCache;
     return *instance;
 }
 
 void* map(size_t capacity) {
-    // Whole huge pages: map one more than needed and cut off what lies before and after.
+    // Align to huge pages: map one more than needed and unmap the excess before and after.
     const size_t mapped = capacity + kHugePage;
     void* const p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
@@ -53,13 +53,13 @@ PageBlock::PageBlock(size_t bytes) : size_(bytes) {
     capacity_ = std::max<size_t>((bytes + kHugePage - 1) / kHugePage, 1) * kHugePage;
     {
         const std::lock_guard<std::mutex> lock(cache().mutex);
-        std::vector<Block>& kept = cache().kept;
-        // The newest that is large enough without being wasteful.
-        for (auto block = kept.rbegin(); block != kept.rend(); ++block) {
+        std::vector<CachedBlock>& cached = cache().cached;
+        // Reuse the most recently freed block that is large enough and at most twice as large as needed.
+        for (auto block = cached.rbegin(); block != cached.rend(); ++block) {
             if (block->capacity < capacity_ || block->capacity / 2 > capacity_) continue;
             data_ = block->data;
             capacity_ = block->capacity;
-            kept.erase(std::next(block).base());
+            cached.erase(std::next(block).base());
             return;
         }
     }
@@ -67,28 +67,28 @@ PageBlock::PageBlock(size_t bytes) : size_(bytes) {
 }
 
 PageBlock::~PageBlock() {
-    std::vector<Block> dropped;
+    std::vector<CachedBlock> dropped;
     {
         const std::lock_guard<std::mutex> lock(cache().mutex);
-        std::vector<Block>& kept = cache().kept;
-        kept.push_back({data_, capacity_, false});
+        std::vector<CachedBlock>& cached = cache().cached;
+        cached.push_back({data_, capacity_, false});
         size_t bytes = 0;
-        for (auto block = kept.rbegin(); block != kept.rend(); ++block) {
+        for (auto block = cached.rbegin(); block != cached.rend(); ++block) {
             bytes += block->capacity;
 #ifdef MADV_FREE
-            if (bytes > kMostResidentBytes && !block->released) {
+            if (bytes > kMaxResidentBytes && !block->released) {
                 madvise(block->data, block->capacity, MADV_FREE);
                 block->released = true;
             }
 #endif
         }
-        while (!kept.empty() && (bytes > kMostKeptBytes || kept.size() > kMostKeptBlocks)) {
-            bytes -= kept.front().capacity;
-            dropped.push_back(kept.front());
-            kept.erase(kept.begin());
+        while (!cached.empty() && (bytes > kMaxCachedBytes || cached.size() > kMaxCachedBlocks)) {
+            bytes -= cached.front().capacity;
+            dropped.push_back(cached.front());
+            cached.erase(cached.begin());
         }
     }
-    for (const Block& block : dropped) munmap(block.data, block.capacity);
+    for (const CachedBlock& block : dropped) munmap(block.data, block.capacity);
 }
 
 }  // namespace amil

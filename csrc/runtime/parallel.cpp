@@ -10,14 +10,14 @@
 namespace amil {
 namespace {
 
-// GCC's OpenMP entry point (LLVM's and Intel's runtimes have it too). It is looked up in the running process instead of
-// being linked, so that tasks run on the very threads that torch's own operators use: a second pool would compete with
-// them for the cores, for an OpenMP thread that waits for work spins.
+// GCC's OpenMP entry point (LLVM's and Intel's runtimes provide it too). It is resolved in the running process rather
+// than linked, so that tasks run on the same threads as torch's operators: a second thread pool would compete with them
+// for the cores, because idle OpenMP threads spin.
 using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
 
 GompParallel find_gomp_parallel() { return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
 
-struct Job {
+struct ParallelJob {
     const std::function<void(int64_t)>& task;
     int64_t num_tasks;
     std::atomic<int64_t> next{0};
@@ -35,10 +35,11 @@ void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(i
         for (int64_t i = 0; i < num_tasks; ++i) task(i);
         return;
     }
-    Job job{task, num_tasks};
+    ParallelJob job{task, num_tasks};
     static const GompParallel gomp_parallel = find_gomp_parallel();
     if (gomp_parallel) {
-        gomp_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+        gomp_parallel([](void* data) { static_cast<ParallelJob*>(data)->work(); }, &job, static_cast<unsigned>(threads),
+                      0);
         return;
     }
     std::vector<std::thread> others;

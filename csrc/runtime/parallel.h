@@ -1,4 +1,4 @@
-// Runs tasks on the OpenMP threads that torch already has.
+// Runs tasks on torch's own OpenMP threads.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,9 @@
 
 namespace amil {
 
-// Calls task(i) for i = 0 .. num_tasks - 1, in no promised order, on at most num_threads threads; returns when all are
-// done. Tasks are handed out one at a time, so they may differ in length; put the long ones first. A task must not
-// throw.
+// Calls task(i) for i = 0 .. num_tasks - 1, in unspecified order, on at most num_threads threads, and returns when all
+// calls have finished. Tasks are assigned dynamically, one at a time, so they may differ in length; the longest should
+// come first. A task must not throw.
 void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task);
 
 }  // namespace amil

@@ -1,8 +1,9 @@
-// Vectors of the widest register that the instruction set of this translation unit has, in GCC's and clang's portable
-// notation, and the conversions between 16-bit floats and float32.
+// Vectors of the widest register of this translation unit's instruction set, written with GCC's and clang's vector
+// extensions, and conversions between 16-bit floats and float32.
 //
-// Everything is in an unnamed namespace and nothing from the standard library's templates is used: an inline function
-// with external linkage compiled here for AVX-512 could be the copy that the linker keeps for everybody.
+// Everything is in an unnamed namespace and no templates of the standard library are used: the linker keeps one copy of
+// each inline function with external linkage, and if it kept the one compiled here for AVX-512, code for other
+// processors would call it too.
 #pragma once
 
 #include <stdint.h>
@@ -51,9 +52,9 @@ inline void store(A* p, Vec<A> v) {
     *reinterpret_cast<typename VectorOf<A>::unaligned*>(p) = v;
 }
 
-// To an aligned address, without reading the line first or keeping it.
+// Stores to an aligned address without reading the cache line first and without keeping it in the cache.
 template <class A>
-inline void store_past_cache(A* p, Vec<A> v) {
+inline void store_non_temporal(A* p, Vec<A> v) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
 #elif defined(__AVX2__)
@@ -85,9 +86,9 @@ inline bool any_greater(Vec<A> a, Vec<A> b) {
     return any;
 }
 
-// Sums over the lanes of many vectors at once. One fold takes two vectors whose lanes form groups of 2 H and returns
-// one whose groups of H are their halves' sums, those of a first: after log2(width) levels the lanes are complete sums,
-// in order.
+// Sums over the lanes of many vectors at once. A fold takes two vectors a and b whose lanes form groups of 2 H. It adds
+// the two halves of each group and returns the sums as groups of H lanes, those of a first. After log2(width) levels,
+// the lanes are the complete sums of the vectors, in order.
 template <int... I>
 struct Indices {};
 template <int N, int... I>
@@ -101,7 +102,7 @@ inline V fold(V a, V b, Indices<I...>) {
     return __builtin_shufflevector(a, b, (I / H * 2 * H + I % H)...) +
            __builtin_shufflevector(a, b, (I / H * 2 * H + I % H + H)...);
 }
-// n vectors, in place, become n / 2, n / 4, ... until one is left or the sums are complete.
+// Folds n vectors in place to n / 2, n / 4, ... until one is left or the sums are complete.
 template <class A, int N, int H>
 inline void fold_all(Vec<A>* v) {
     if constexpr (N > 1 && H > 0) {
@@ -110,8 +111,8 @@ inline void fold_all(Vec<A>* v) {
     }
 }
 
-// exp for x < 88, to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf).
-// Below the smallest normal number it is 0; NaN stays NaN.
+// exp(x) for x < 88 with an error of at most 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]
+// (Cephes' expf). Results below the smallest normal number are 0; NaN is propagated.
 inline Vec<float> exp_vector(Vec<float> x) {
     const Vec<float> n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounds to the nearest integer
     const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -131,7 +132,7 @@ inline Vec<double> exp_vector(Vec<double> x) {
     return x;
 }
 
-// 16-bit floats, by their bits.
+// Bit patterns of 16-bit floats.
 struct Half {
     uint16_t bits;
 };
@@ -155,8 +156,8 @@ inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float widen(Half x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-    // A subnormal number is converted as the integer it is: no step may pass through a subnormal float32, which may be
-    // flushed. Others have their exponent's bias raised by 112, infinity and NaN to the top.
+    // A subnormal half is converted as an integer times 2^-24: no step may produce a subnormal float32, which may be
+    // flushed to 0. For normal numbers the exponent bias increases by 112; infinity and NaN get the maximum exponent.
     const uint32_t bits = magnitude < 0x0400u   ? float_to_bits(static_cast<float>(magnitude) * 0x1p-24f)
                           : magnitude < 0x7c00u ? (magnitude << 13) + (112u << 23)
                                                 : (magnitude << 13) | 0x7f800000u;
@@ -176,7 +177,7 @@ inline void narrow(float x, Half& out) {
         half = 0x7e00u;
     } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
         half = 0x7c00u;
-    } else if (magnitude < 0x38800000u) {  // subnormal: let the addition round at the place of 2^-24
+    } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds to a multiple of 2^-24
         half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
     } else {
         half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

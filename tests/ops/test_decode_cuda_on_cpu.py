@@ -1,7 +1,8 @@
-"""decode_heatmaps.cu, compiled for the CPU against tests/ops/cuda_on_cpu: bit for bit the results of the C++ backend.
+"""Compares decode_heatmaps.cu, compiled for the CPU against tests/ops/cuda_on_cpu, with the C++ backend, bit for bit.
 
-So a machine without a GPU runs every line of the kernel: the 16-byte loads and the scattered ones, the reductions over
-warps and blocks, the windows at the edges, the tiles of the whole-map blur. Races and memory spaces are left to a GPU.
+These tests execute every line of the kernel on machines without a GPU: vectorized and scalar loads, reductions over
+warps and blocks, windows at the border, and the tiled blur of the whole map. Races and memory spaces can be tested on a
+GPU only (test_decode_gpu.py).
 """
 
 import ctypes
@@ -53,13 +54,14 @@ def decode(
     coords, scores = torch.full((B, K, 2), -99.0), torch.full((B, K), -99.0)
     swap = torch.tensor(check_pairs(flip_pairs, K))
 
-    def described(tensor):
+    def tensor_arguments(tensor):
         return (0, 0, 0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride())
 
     def address(tensor):
         return 0 if tensor is None else tensor.data_ptr()
 
-    call = [*described(maps), *described(flipped), swap.data_ptr(), shift_flipped, _DTYPE_CODES[maps.dtype], B, K, H, W]
+    call = [*tensor_arguments(maps), *tensor_arguments(flipped), swap.data_ptr(), shift_flipped]
+    call += [_DTYPE_CODES[maps.dtype], B, K, H, W]
     call += [_REFINE_CODES[refine], _CONVENTION_CODES[convention], blur_kernel]
     call += [*map(address, (center, scale, affine, coords, scores))]
     weights = native().blur_weights(blur_kernel)
@@ -82,7 +84,7 @@ def compare(kernel, maps, **arguments):
 )
 @pytest.mark.parametrize("refine", REFINEMENTS)
 def test_kinds_of_maps(kernel, kind, refine):
-    for i, (H, W) in enumerate(((64, 48), (20, 24), (97, 101))):  # a block of 128 threads, a warp, a block of 256
+    for i, (H, W) in enumerate(((64, 48), (20, 24), (97, 101))):  # 128 threads, a warp, 256 threads per map
         convention = CONVENTIONS[i]
         compare(
             kernel, make_maps(kind, (1, 3, H, W), i), refine=refine, convention=convention, blur_kernel=(11, 3, 17)[i]
@@ -104,7 +106,7 @@ def test_layouts(kernel, dtype, layout, flip):
 
 @pytest.mark.parametrize("where", ["first", "last", "tail", "middle"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
-def test_every_thread_is_heard(kernel, where, value):
+def test_every_thread_contributes(kernel, where, value):
     for H, W in ((64, 48), (20, 24), (97, 101), (1, 7)):
         maps = make_maps("constant", (1, 2, H, W))
         pixel = {"first": 0, "last": -1, "tail": H * W - 2, "middle": H * W // 2}[where]
@@ -116,7 +118,7 @@ def test_every_thread_is_heard(kernel, where, value):
 @pytest.mark.parametrize("blur_kernel", [1, 5, 31, 127, 255])
 @pytest.mark.parametrize("refine", ["dark", "dark_udp"])
 def test_blurs(kernel, blur_kernel, refine):
-    """Also where the clamp makes the blur of the whole map necessary, and it takes several tiles in both directions."""
+    """Covers maps whose clamp requires the blur of the whole map, over several tiles in both directions."""
     for dtype in (torch.float32, torch.float64):
         for H, W in ((12, 9), (30, 30), (70, 50)):
             compare(kernel, make_maps("tiny", (1, 2, H, W), 3, dtype), refine=refine, blur_kernel=blur_kernel)
@@ -144,7 +146,7 @@ def test_transforms(kernel, convention, transform):
         )
 
 
-def test_more_joints_than_one_launch_takes(kernel):
+def test_more_joints_than_one_launch_processes(kernel):
     maps, flipped = (make_maps("noise", (2, 1100, 3, 4), seed) for seed in (1, 2))
     pairs = [(k, 1099 - k) for k in range(0, 500, 3)]
     compare(kernel, maps, flipped=flipped, flip_pairs=pairs)

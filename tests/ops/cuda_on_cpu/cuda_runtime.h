@@ -1,6 +1,6 @@
-// The little of CUDA that csrc/decode_heatmaps/decode_heatmaps.cu uses, on the CPU: a kernel's blocks run one after the other, the
-// threads of a block as coroutines that switch where they wait for each other. It tests what a kernel computes and that
-// no thread waits in vain; it says nothing about races, memory spaces or speed.
+// Emulates on the CPU the subset of CUDA that csrc/decode_heatmaps/decode_heatmaps.cu uses: the blocks of a kernel run
+// sequentially, and the threads of a block are coroutines that switch at barriers. This verifies a kernel's results and
+// the absence of deadlocks, but not races, memory spaces or speed.
 #pragma once
 
 #include <math.h>
@@ -44,21 +44,21 @@ struct Barrier {
     int waiting = 0, phase = 0;
 };
 
-struct Thread {
+struct EmulatedThread {
     ucontext_t context;
     std::vector<char> stack;
     bool done;
 };
 
-struct Block {
-    std::vector<Thread> threads;
+struct EmulatedBlock {
+    std::vector<EmulatedThread> threads;
     ucontext_t scheduler;
     int current = 0, steps_without_progress = 0;
     Barrier all;
     std::vector<Barrier> warps;
-    std::vector<uint64_t> slots;  // what each thread shows its warp
+    std::vector<uint64_t> slots;  // the value that each thread exchanges with its warp
 };
-inline Block block;
+inline EmulatedBlock block;
 inline dim3 thread_index, block_index, block_size, grid_size;
 
 inline void yield() { swapcontext(&block.threads[block.current].context, &block.scheduler); }
@@ -105,7 +105,7 @@ void run_block(unsigned size) {
     block.warps.assign((size + kWarp - 1) / kWarp, Barrier());
     block.all = Barrier();
     block.slots.resize(size);
-    for (Thread& thread : block.threads) {
+    for (EmulatedThread& thread : block.threads) {
         thread.stack.resize(64 << 10);
         thread.done = false;
         getcontext(&thread.context);
@@ -120,7 +120,7 @@ void run_block(unsigned size) {
             block.current = static_cast<int>(t);
             thread_index = dim3(t);
             if (++block.steps_without_progress > 2 * static_cast<int>(size))
-                throw std::runtime_error("threads of a block wait for each other for ever");
+                throw std::runtime_error("deadlock: all threads of a block wait at barriers");
             swapcontext(&block.scheduler, &block.threads[t].context);
             left -= block.threads[t].done;
         }
@@ -146,7 +146,7 @@ inline int __any_sync(unsigned, bool value) {
     return any;
 }
 
-// The kernel's dynamic shared memory; what a block finds in it is garbage.
+// The kernel's dynamic shared memory, filled with 0xff bytes before each block.
 inline unsigned char* shared_memory_on_cpu();
 inline size_t shared_memory_on_cpu_size();
 
@@ -154,9 +154,9 @@ template <class Arguments>
 cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 threads, void** arguments, size_t shared_bytes,
                              cudaStream_t) {
     using namespace cuda_on_cpu;
-    if (sizeof(Arguments) > 4096) throw std::runtime_error("a kernel's arguments take more than 4 KiB");
+    if (sizeof(Arguments) > 4096) throw std::runtime_error("kernel arguments: expected at most 4 KiB");
     if (shared_bytes > 48 << 10 || shared_bytes > shared_memory_on_cpu_size())
-        throw std::runtime_error("a block's shared memory takes more than 48 KiB");
+        throw std::runtime_error("shared memory of a block: expected at most 48 KiB");
     Entry<Arguments>::kernel = kernel;
     Entry<Arguments>::arguments = static_cast<const Arguments*>(arguments[0]);
     grid_size = grid, block_size = threads;
@@ -165,7 +165,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 threads,
         memset(shared_memory_on_cpu(), 0xff, shared_memory_on_cpu_size());
         run_block<Arguments>(threads.x);
         for (size_t i = shared_bytes; i < shared_memory_on_cpu_size(); ++i)
-            if (shared_memory_on_cpu()[i] != 0xff) throw std::runtime_error("a block wrote past its shared memory");
+            if (shared_memory_on_cpu()[i] != 0xff)
+                throw std::runtime_error("a block wrote past the end of its shared memory");
     }
     return cudaSuccess;
 }

@@ -1,4 +1,4 @@
-// csrc/decode_heatmaps/decode_heatmaps.cu as a library for ctypes.
+// Builds csrc/decode_heatmaps/decode_heatmaps.cu as a CPU library for ctypes.
 #include "decode_heatmaps/decode_heatmaps.cu"
 
 #include <string>
@@ -23,8 +23,8 @@ BlurWeights blur_weights(int) { return weights; }
 inline unsigned char* shared_memory_on_cpu() { return amil::shared_memory; }
 inline size_t shared_memory_on_cpu_size() { return sizeof amil::shared_memory; }
 
-// The 25 arguments are DecodeCall's in its order; `half_weights` are the blur's, from the center outwards. Returns an
-// error's text, "" if there is none.
+// `a` holds the 25 members of DecodeCall in their order, `half_weights` the weights of the blur from the center
+// outward. Returns the error message, or "" on success.
 extern "C" __attribute__((visibility("default"))) const char* decode_heatmaps(const int64_t* a,
                                                                               const double* half_weights) {
     static std::string error;
