@@ -23,8 +23,8 @@ def show_demo(folder, seed, image=None):
 
 def _show_bags(console, folder, seed):
     console.print(
-        "[bold]Multiple-instance learning on synthetic bags[/]: a bag of 5 to 40 instances is positive if one of them is "
-        "a key instance. Only the labels of the bags are used for training."
+        "[bold]Multiple-instance learning on synthetic bags[/]: a bag of 5 to 40 instances is positive if one of them "
+        "is a key instance. Only the labels of the bags are used for training."
     )
     with progress_bar(console, quiet=False) as progress:
         task = progress.add_task("training", total=_EPOCHS)
@@ -50,8 +50,8 @@ def _show_figures(console, folder, seed, image):
     from amil_fast.pose import demo as pose_demo
 
     console.print(
-        "\n[bold]Pose estimation on synthetic figures[/]: generator and discriminator, trained against each other. This "
-        "takes up to three minutes on two cores."
+        "\n[bold]Pose estimation on synthetic figures[/]: generator and discriminator, trained against each other. "
+        "This takes up to three minutes on two cores."
     )
     result = pose_demo.run(folder, console, seed=seed, image=image)
     console.print(

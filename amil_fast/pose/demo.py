@@ -1,4 +1,4 @@
-"""The pose half of ``amil demo``: trains generator and discriminator on synthetic figures, scores and illustrates them."""
+"""The pose half of ``amil demo``: generator and discriminator trained on synthetic figures, scores and pictures."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -119,7 +119,7 @@ class SyntheticFigures(torch.utils.data.Dataset):
 
 
 def _pose(rng):
-    """Random pose: joint name -> ``(2,)`` in units of the body height, pelvis at the origin; and True for a back view."""
+    """Random pose: joint name -> ``(2,)`` in body heights from the pelvis; and True for a back view."""
 
     def along(angle):  # unit vector; 0 points down
         return np.array([np.sin(angle), np.cos(angle)])

@@ -5,8 +5,6 @@ import re
 from torch import nn
 from torch.nn import functional as F
 
-from amil_fast.pose.codec import STRIDE
-
 
 def make_backbone(name, features):
     """A backbone by name, with ``features`` channels out.
@@ -42,13 +40,9 @@ class ResNetBackbone(nn.Module):
     def __init__(self, name, features):
         super().__init__()
         block, depths, channels_of = _RESNETS[name]
-        width, widths = channels_of[0], []
-        self.patches = name == "resnet18p"
-        if self.patches:
-            self.conv1 = nn.Conv2d(3, width, STRIDE, stride=STRIDE, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width, widths = 64, []
         for stage, (depth, channels) in enumerate(zip(depths, channels_of, strict=True)):
             blocks = []
             for number in range(depth):
@@ -62,9 +56,7 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, images):
         _check_multiple(images, 32)
-        x = F.relu(self.bn1(self.conv1(images)))
-        if not self.patches:
-            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
         stages = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
@@ -137,7 +129,6 @@ class _Bottleneck(nn.Module):
 _RESNETS = {
     "resnet18": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet18s": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 256)),
-    "resnet18p": (_BasicBlock, (2, 2, 2, 2), (32, 64, 128, 256)),
     "resnet34": (_BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet50": (_Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
 }
