@@ -1,4 +1,4 @@
-"""``amil demo``: runs :mod:`amil_fast.demo` with progress and tables."""
+"""``amil demo``: runs the demos of :mod:`amil_fast.mil` and :mod:`amil_fast.pose` with progress bars and tables."""
 
 from rich.console import Console
 from rich.table import Table
@@ -10,21 +10,21 @@ _EPOCHS = 30
 
 
 def show_demo(folder, seed, image=None):
-    """Both halves of the demo; ``image``: photo for the shipped weights."""
+    """Runs both demos; ``image``: photo for the shipped weights."""
     console = Console()
     try:
         _show_bags(console, folder, seed)
         _show_figures(console, folder, seed, image)
     except OSError as error:
-        fail(f"{folder}: can't be written: {error.strerror}")
+        fail(f"{folder}: cannot be written: {error.strerror}")
     except ValueError as error:
         fail(error)
 
 
 def _show_bags(console, folder, seed):
     console.print(
-        "[bold]A made-up multiple-instance problem[/] (drawn at random here, no data set): a bag is positive iff one "
-        "of its 5 to 40 instances is a key instance. The model sees the bags' labels only."
+        "[bold]Multiple-instance learning on synthetic bags[/]: a bag of 5 to 40 instances is positive if one of them "
+        "is a key instance. Only the labels of the bags are used for training."
     )
     with progress_bar(console, quiet=False) as progress:
         task = progress.add_task("training", total=_EPOCHS)
@@ -40,8 +40,8 @@ def _show_bags(console, folder, seed):
     table.add_column("value", justify="right")
     table.add_row("accuracy", f"{scores['accuracy']:.3f}")
     table.add_row("area under the ROC curve", f"{scores['auc']:.3f}")
-    table.add_row("heaviest instance of a recognized positive bag is a key instance", _number(scores["pointing"]))
-    table.add_row("the same by chance", _number(scores["by_chance"]))
+    table.add_row("instance of largest weight is a key instance (true positives)", _number(scores["pointing"]))
+    table.add_row("same for a random instance", _number(scores["by_chance"]))
     console.print(table)
     _written(console, folder, ("mil_weights.png", "mil_scores.json"))
 
@@ -50,12 +50,12 @@ def _show_figures(console, folder, seed, image):
     from amil_fast.pose import demo as pose_demo
 
     console.print(
-        "\n[bold]The pose model on drawn figures[/] (no data set): generator and discriminator, trained against each "
-        "other. This takes up to three minutes on two cores."
+        "\n[bold]Pose estimation on synthetic figures[/]: generator and discriminator, trained against each other. "
+        "This takes up to three minutes on two cores."
     )
     result = pose_demo.run(folder, console, seed=seed, image=image)
     console.print(
-        f"PCK@0.2 on {result.figures} other figures: {result.pck:.1f} % after {result.seconds:.0f} s of training"
+        f"PCK@0.2 on {result.num_figures} held-out figures: {result.pck:.1f} % after {result.seconds:.0f} s of training"
     )
     _written(console, folder, [path.name for path in result.written])
 

@@ -1,7 +1,6 @@
-"""The second half of ``amil demo``: generator and discriminator trained on drawn figures, and what they then see."""
+"""The pose half of ``amil demo``: generator and discriminator trained on synthetic figures, scores and pictures."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,10 @@ import numpy as np
 import torch
 
 from amil_fast.pose import PoseDiscriminator, PoseGenerator, error_map
-from amil_fast.pose.codec import encode_targets
+from amil_fast.pose.codec import crop_matrix, encode_targets
 from amil_fast.pose.data import PoseLoader
+from amil_fast.pose.data.augment import warp_crop
+from amil_fast.pose.data.files import read_image
 from amil_fast.pose.evaluation.evaluate import TRUTH_FIELDS, predict_batches
 from amil_fast.pose.evaluation.scoring import GroundTruth, score
 from amil_fast.pose.inference.predictor import Predictor, load_model
@@ -19,32 +20,47 @@ from amil_fast.pose.training.checkpoints import STATE, load_state, part
 from amil_fast.pose.training.config import preset
 from amil_fast.pose.training.data import training_data
 from amil_fast.pose.training.trainer import train
-from amil_fast.pose.visualization.drawing import contact_sheet, pose_tile, to_picture
+from amil_fast.pose.visualization.drawing import contact_sheet, draw_pose, pose_tile, to_picture
 from amil_fast.pose.visualization.plots import plot_curves
+from amil_fast.utils.files import write_bytes, write_json
 
 _SIDE = 240  # of a tile in pixels
 
 
 @dataclass
-class FiguresResult:
-    """``pck``: PCK@0.2 in percent on figures that weren't trained on; ``written``: the files."""
+class PoseDemoResult:
+    """Result of :func:`run`.
+
+    Attributes:
+        pck: PCK@0.2 on the validation figures, in percent.
+        num_figures: number of validation figures.
+        seconds: training time.
+        written: files written.
+    """
 
     pck: float
-    figures: int
+    num_figures: int
     seconds: float
-    written: list
+    written: list[Path]
 
 
 def run(folder, console, *, seed=0, image=None, changes=None):
-    """Trains the preset ``demo``, scores it, and writes pictures into ``folder``.
+    """Trains the preset ``demo``, scores it on held-out figures and writes pictures to ``folder``.
 
     Args:
-        folder: gets ``pose_curves.png`` (PCK over r), ``pose_sheet.jpg`` (ground truth beside prediction),
-            ``pose_errors.jpg`` (the discriminator's error for right and corrupted poses), ``photo.jpg`` (the shipped
-            weights on a photo), ``pose_scores.json``, and the run itself, ``pose/``.
+        folder: receives ``pose_curves.png`` (PCK over the threshold), ``pose_sheet.jpg`` (ground truth and prediction),
+            ``pose_errors.jpg`` (reconstruction error of the discriminator for correct and corrupted poses),
+            ``photo.jpg`` (prediction of the shipped weights on a photo), ``pose_scores.json``, and the run, ``pose/``.
         console: a ``rich.console.Console``.
-        image: photo for the shipped weights; by default the portrait that comes with Matplotlib.
-        changes: settings that replace the preset's (:meth:`~amil_fast.pose.training.config.TrainConfig.override`).
+        seed: seed of weights, figures and sample order.
+        image: photo for the shipped weights; by default the portrait included in Matplotlib.
+        changes: settings that override the preset's (:meth:`~amil_fast.pose.training.TrainConfig.override`).
+
+    Returns:
+        :class:`PoseDemoResult`.
+
+    Raises:
+        ValueError: ``folder`` holds a demo with other settings.
     """
     folder = Path(folder)
     config = preset("demo").override({"run.seed": seed, **(changes or {})})
@@ -54,50 +70,51 @@ def run(folder, console, *, seed=0, image=None, changes=None):
     summary = train(config, folder / "pose", console, resume=True)
     generator = PoseGenerator.from_pretrained(folder / "pose" / "best")
     figures = training_data(config).validation
-    samples, found, result = _score(generator, figures)
-    plot_curves({"drawn figures": result.pck}, folder / "pose_curves.png", metric="PCK", marked=0.2)
-    sheet = _sheet(samples, found, generator.skeleton)
-    _write(folder / "pose_sheet.jpg", sheet)
+    samples = predict_batches(
+        Predictor(generator, flip_test=config.run.flip_test),
+        PoseLoader(figures, 32, shuffle=False, workers=0),
+        fields=(*TRUTH_FIELDS, "image", "joints"),
+    )
+    result = score(samples["coords"], GroundTruth.of_samples(figures.skeleton, samples))
+    plot_curves({"synthetic figures": result.pck}, folder / "pose_curves.png", metric="PCK", marked=0.2)
     discriminator = trained_discriminator(folder / "pose", config)
-    _write(folder / "pose_errors.jpg", error_sheet(discriminator, samples, generator, config.data.heatmap_std))
-    _write(folder / "photo.jpg", photo(image))
+    sheets = {
+        "pose_sheet.jpg": _sheet(samples, generator.skeleton),
+        "pose_errors.jpg": error_sheet(discriminator, samples, generator, config.data.heatmap_std),
+        "photo.jpg": photo(image),
+    }
+    for name, picture in sheets.items():
+        write_bytes(folder / name, cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+    groups = result.summary[result.headline]
     scores = {
-        "data": "drawn figures",
+        "data": "synthetic figures",
         "figures": len(figures),
         "trained_on": config.data.synthetic,
         "epochs": config.schedule.epochs,
         "seed": seed,
         "seconds": summary["seconds"],
-        "PCK@0.2": result.summary["PCK@0.2"]["mean"],
-        "joint_groups": {k: v for k, v in result.summary["PCK@0.2"].items() if k not in ("joints", "mean_of_joints")},
+        result.headline: result.headline_score,
+        "joint_groups": {name: value for name, value in groups.items() if name not in ("joints", "mean_of_joints")},
     }
-    (folder / "pose_scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    names = ("pose_curves.png", "pose_sheet.jpg", "pose_errors.jpg", "photo.jpg", "pose_scores.json")
-    written = [folder / name for name in names]
-    return FiguresResult(scores["PCK@0.2"], len(figures), summary["seconds"], written)
+    write_json(folder / "pose_scores.json", scores)
+    written = [folder / name for name in ("pose_curves.png", *sheets, "pose_scores.json")]
+    return PoseDemoResult(result.headline_score, len(figures), summary["seconds"], written)
 
 
-def _score(generator, figures):
-    predictor = Predictor(generator)
-    loader = PoseLoader(figures, 32, shuffle=False, workers=0)
-    samples = predict_batches(predictor, loader, fields=(*TRUTH_FIELDS, "image", "joints", "valid"))
-    result = score(samples["coords"], GroundTruth.of_samples(figures.skeleton, samples))
-    return samples, samples["coords"], result
-
-
-def _sheet(samples, found, skeleton, number=6):
+def _sheet(samples, skeleton, number=6):
+    poses = {
+        "ground truth": (samples["image_joints"], samples["visibility"] > 0),
+        "prediction": (samples["coords"], np.ones(samples["visibility"].shape, bool)),
+    }
     rows = [
         [pose_tile(samples["image"][i], joints[i], shown[i], skeleton=skeleton, side=_SIDE) for i in range(number)]
-        for joints, shown in (
-            (samples["image_joints"], samples["visibility"] > 0),
-            (found, np.ones(found.shape[:2], bool)),
-        )
+        for joints, shown in poses.values()
     ]
-    return contact_sheet(rows, titles=["truth", "found"], heading="Figures that were not trained on")
+    return contact_sheet(rows, titles=list(poses), heading="Held-out synthetic figures")
 
 
 def trained_discriminator(out, config):
-    """The discriminator of the run in ``out``, in evaluation mode."""
+    """Returns the discriminator of the run in ``out``, in evaluation mode."""
     tensors, _ = load_state(Path(out) / "last")
     skeleton = PoseGenerator.from_pretrained(Path(out) / "last").skeleton.name
     discriminator = PoseDiscriminator(skeleton, **dataclasses.asdict(config.discriminator))
@@ -106,8 +123,7 @@ def trained_discriminator(out, config):
 
 
 def error_sheet(discriminator, samples, generator, heatmap_std, number=5):
-    """Right poses above, the same with an arm bent into the wrong place below; beside each what the discriminator
-    can't reconstruct."""
+    """Contact sheet of correct poses (top) and corrupted ones (bottom), each beside the discriminator's error map."""
     skeleton = discriminator.skeleton
     images = torch.from_numpy(samples["image"][:number])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (generator.mean, generator.std))
@@ -115,7 +131,7 @@ def error_sheet(discriminator, samples, generator, heatmap_std, number=5):
     joints = torch.from_numpy(samples["joints"][:number]).float()
     visible = torch.from_numpy(samples["visibility"][:number] > 0)
     tiles, captions, top = [], [], None
-    for what, pose in (("right", joints), ("corrupted", corrupted(joints, skeleton, images.shape[-1]))):
+    for what, pose in (("correct", joints), ("corrupted", corrupted(joints, skeleton, images.shape[-1]))):
         heatmaps = encode_targets(pose, images.shape[-1], heatmap_std=heatmap_std, visible=visible)
         errors = error_map(discriminator, heatmaps, normalized)
         if top is None:
@@ -128,13 +144,12 @@ def error_sheet(discriminator, samples, generator, heatmap_std, number=5):
         tiles.append(row)
         captions.append(row_captions)
     return contact_sheet(
-        tiles, captions=captions, heading="What the discriminator can't reconstruct, for right and corrupted poses"
+        tiles, captions=captions, heading="Reconstruction error of the discriminator for correct and corrupted poses"
     )
 
 
 def corrupted(joints, skeleton, size):
-    """Poses ``(B, K, 2)`` with the right elbow and wrist, and the left knee and ankle, thrown to the other side of the
-    body's middle."""
+    """Poses ``(B, K, 2)`` with right elbow and wrist, left knee and ankle reflected at the body's vertical axis."""
     joints = joints.clone()
     middle = joints.mean(1, keepdim=True)
     for name in ("right elbow", "right wrist", "left knee", "left ankle"):
@@ -144,7 +159,7 @@ def corrupted(joints, skeleton, size):
 
 
 def _overlay(image, errors):
-    """A crop in gray with the map ``(h, w)`` of values from 0 to 1 over it."""
+    """Gray crop with an error map ``(h, w)`` of values in [0, 1] blended over it."""
     picture, _ = to_picture(image, _SIDE)
     gray = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
     heat = np.clip(errors.numpy() * 255, 0, 255).astype(np.uint8)
@@ -153,16 +168,11 @@ def _overlay(image, errors):
 
 
 def photo(path=None):
-    """A photo with the joints that the shipped weights find in it, ``(H, W, 3)`` uint8 BGR.
+    """Photo with the joints predicted by the shipped weights, ``(H, W, 3)`` uint8 BGR.
 
     Args:
-        path: an image with one person; by default Matplotlib's portrait of Grace Hopper (public domain).
+        path: image of one person; by default Matplotlib's portrait of Grace Hopper (public domain).
     """
-    from amil_fast.pose.codec import crop_matrix
-    from amil_fast.pose.data.augment import warp_crop
-    from amil_fast.pose.data.files import read_image
-    from amil_fast.pose.visualization.drawing import draw_pose
-
     portrait = path is None
     if portrait:
         from matplotlib import get_data_path
@@ -171,14 +181,10 @@ def photo(path=None):
     image, _ = read_image(Path(path), upright=True)
     height, width = image.shape[:2]
     predictor = Predictor(load_model())
-    # The network knows whole people: the portrait is the upper third of one, the rest of the crop stays black.
+    # The network is trained on whole people: the portrait becomes the upper third of a crop that is black below.
     side = 2.8 * height
     box = (width / 2 - side / 2, -0.1 * height, side, side) if portrait else (0, 0, width, height)
     matrix = crop_matrix(box, predictor.size)
     crop = warp_crop(image, matrix, predictor.size)
     coords, scores = predictor(torch.from_numpy(crop)[None], torch.from_numpy(matrix)[None])
     return draw_pose(image, coords[0].numpy(), scores[0].numpy() >= 0.3, skeleton=predictor.skeleton)
-
-
-def _write(path, picture):
-    cv2.imwrite(str(path), picture, [cv2.IMWRITE_JPEG_QUALITY, 92])

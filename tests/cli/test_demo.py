@@ -1,4 +1,4 @@
-"""``amil demo``: what it trains, and what the pictures show."""
+"""``amil demo``: its trainings, scores and pictures."""
 
 import functools
 import json
@@ -26,12 +26,12 @@ TINY = {
 
 
 def test_demo(tmp_path, monkeypatch):
-    """Both halves; the second one with a training that only shows that everything is there."""
+    """Both demos; the pose model with a training too short to be accurate."""
     monkeypatch.setattr(pose_demo, "run", functools.partial(pose_demo.run, changes=TINY))
     folder = tmp_path / "demo"
     run = CliRunner().invoke(app, ["demo", "--out", str(folder), "--seed", "1"])
     assert run.exit_code == 0, run.output
-    assert "made-up" in run.output and "PCK@0.2 on 8 other figures" in run.output
+    assert "synthetic bags" in run.output and "PCK@0.2 on 8 held-out figures" in run.output
     scores = json.loads((folder / "mil_scores.json").read_text())
     assert scores["problem"] == "made up"
     assert scores["accuracy"] > 0.85 and scores["pointing"] > 0.9 > 0.3 > scores["by_chance"]
@@ -46,7 +46,7 @@ def test_demo(tmp_path, monkeypatch):
     assert again.exit_code == 2 and "holds a demo with other settings" in again.output.replace("\n", " ")
 
 
-def test_corrupted_poses_differ_where_they_say():
+def test_corrupted_poses_differ_in_the_moved_joints_only():
     joints = torch.rand(3, 14, 2) * 63
     wrong = pose_demo.corrupted(joints, LSP14, 64)
     moved = [LSP14.index(name) for name in ("right elbow", "right wrist", "left knee", "left ankle")]
@@ -56,7 +56,7 @@ def test_corrupted_poses_differ_where_they_say():
     assert wrong.min() >= 0 and wrong.max() <= 63
 
 
-def test_a_photo_of_ones_own(tmp_path):
+def test_photo_of_the_user(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), picture)
     assert pose_demo.photo(tmp_path / "a.png").shape == (90, 60, 3)

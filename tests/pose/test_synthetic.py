@@ -1,4 +1,4 @@
-"""Drawn figures: the same from the same seed, anatomically possible, and labeled as they are drawn."""
+"""Synthetic figures: deterministic, anatomically plausible, and labeled as rendered."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_samples(skeleton):
         assert 4 < sample["head_size"] < 30
 
 
-def test_seed_and_index_decide():
+def test_figure_depends_on_seed_and_index_only():
     one, other = SyntheticFigures(10, 64, seed=1), SyntheticFigures(10, 64, seed=2)
     assert torch.equal(one[3]["image"], SyntheticFigures(5, 64, seed=1)[3]["image"])
     assert not torch.equal(one[3]["image"], one[4]["image"])
@@ -34,8 +34,8 @@ def test_size_does_not_change_the_figure():
     torch.testing.assert_close((small["joints"] + 0.5) * 2, large["joints"] + 0.5, rtol=0, atol=2.0)
 
 
-def test_bodies_are_possible():
-    """Bones have plausible lengths, and all kinds of poses occur: upside down, seen from behind, hidden joints."""
+def test_bodies_are_plausible():
+    """Bones have plausible lengths; poses upside down, back views and occluded joints occur."""
     figures = [SyntheticFigures(200, 64, seed=5).draw(i) for i in range(200)]
     joints, hidden = np.stack([f[1] for f in figures]), np.stack([f[2] for f in figures]) == 1
 
@@ -53,7 +53,7 @@ def test_bodies_are_possible():
     assert never_covered.mean() < hidden.mean()
 
 
-def test_left_and_right_wear_their_colors():
+def test_sides_have_their_colors():
     """Visible wrists and ankles: more blue than red below the right elbow and knee, the reverse on the left."""
     warmth = {"left": [], "right": []}
     figures = SyntheticFigures(150, 96, seed=2)
@@ -75,5 +75,5 @@ def test_augmented_through_a_loader():
     assert batch["image"].shape == (5, 3, 64, 64) and batch["flipped"].any()
     sample = next(figures[1, i] for i in range(10) if figures[1, i]["flipped"])
     back = sample["to_image"][:, :2] @ sample["joints"].T + sample["to_image"][:, 2:]
-    mirrored = sample["image_joints"][list(LSP14.flip_index)]
-    torch.testing.assert_close(back.T, mirrored, rtol=0, atol=1e-3)
+    flipped = sample["image_joints"][list(LSP14.flip_index)]
+    torch.testing.assert_close(back.T, flipped, rtol=0, atol=1e-3)

@@ -1,8 +1,9 @@
-"""Drawn figures: articulated people, drawn on the fly from a seed, so that demos and tests need no download.
+"""Synthetic figures: articulated people rendered on the fly from a seed, for demos and tests without a download.
 
-A figure has all joints of all skeletons; right and left limbs wear different colors, the same for all figures (the
-right side is dressed in cold colors, the left side in warm ones), which is what tells left from right where the pose
-doesn't. Limbs hide each other, furniture hides limbs, and the background holds limb-like clutter in the same colors.
+A figure has the joints of all skeletons. The limbs of its right side are blue, those of its left side orange, which
+determines left and right in every pose. A horizontal flip therefore does not preserve the labels: networks trained on
+these figures are evaluated without the flip test. Limbs occlude each other, objects occlude limbs, and the background
+contains distractors of the limbs' shape and colors.
 """
 
 import cv2
@@ -10,12 +11,12 @@ import numpy as np
 import torch
 
 from amil_fast.pose.codec import crop_matrix
-from amil_fast.pose.data.augment import warp_crop
+from amil_fast.pose.data.augment import Augmentation, warp_crop
 from amil_fast.pose.data.dataset import ground_truth
-from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.pose.skeletons import Skeleton, get_skeleton
 
 _SIDES = (("right", -1.0), ("left", 1.0))
-# Lengths in units of the body's height, widths of the drawn limbs at both ends.
+# Lengths and limb widths in units of the body height; widths at the upper, middle and lower end of a limb.
 _LENGTH = {
     "upper arm": 0.17,
     "forearm": 0.155,
@@ -26,41 +27,51 @@ _LENGTH = {
     "head": 0.14,
 }
 _WIDTH = {"arm": (0.042, 0.034, 0.025), "leg": (0.068, 0.048, 0.034)}
-# BGR of sleeves and trousers: cold on the right side, warm on the left.
+# BGR of sleeves and trousers, by side.
 _CLOTH = {-1: (215.0, 120.0, 35.0), 1: (60.0, 165.0, 235.0)}
-# The half of the unit circle that looks in the direction of -x.
+# The half of the unit circle with x <= 0.
 _HALF_CIRCLE = np.stack([np.cos(np.linspace(0.5, 1.5, 9) * np.pi), np.sin(np.linspace(0.5, 1.5, 9) * np.pi)], -1)
 _SHIFT = 4  # fractional bits of OpenCV's fixed-point coordinates
 
 
 class SyntheticFigures(torch.utils.data.Dataset):
-    """An endless supply of drawn people, cut to ``length`` samples.
+    """Map-style data set of ``length`` synthetic figures, rendered when they are read.
 
     Args:
         length: number of samples.
         size: side of the square crop in pixels.
         skeleton: a :class:`~amil_fast.pose.skeletons.Skeleton` or its name.
         seed: sample ``index`` depends on (seed, index) only.
-        occlusion: probability that an object is drawn in front of the figure.
-        augmentation: an :class:`~amil_fast.pose.data.augment.Augmentation` on top, depending on (seed, epoch, index).
+        occlusion: probability that one or two objects are rendered in front of the figure.
+        augmentation: an :class:`~amil_fast.pose.data.augment.Augmentation` applied to the rendered image, a function of
+            (seed, epoch, index).
 
-    Samples are those of :class:`~amil_fast.pose.data.dataset.PoseDataset`; ``visibility`` is 1 where
-    something is drawn over the joint. The "image" is the drawn picture of ``size`` x ``size`` pixels.
+    Samples have the entries of :class:`~amil_fast.pose.data.dataset.PoseDataset`; ``visibility`` is 1 for an occluded
+    joint, else 2. The source image has ``size`` x ``size`` pixels.
     """
 
-    def __init__(self, length=1000, size=128, *, skeleton="lsp14", seed=0, occlusion=0.5, augmentation=None):
+    def __init__(
+        self,
+        length: int = 1000,
+        size: int = 128,
+        *,
+        skeleton: str | Skeleton = "lsp14",
+        seed: int = 0,
+        occlusion: float = 0.25,
+        augmentation: Augmentation | None = None,
+    ):
         self.length, self.size, self.skeleton, self.seed = length, size, get_skeleton(skeleton), seed
         self.occlusion, self.augmentation = occlusion, augmentation
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not -self.length <= index < self.length:
             raise IndexError(f"index: expected less than {self.length}, got {index}")
         index = int(index) % self.length
-        picture, joints, visibility, head_size = self.draw(index)
+        image, joints, visibility, head_size = self.draw(index)
         geometry, color = ({}, None) if self.augmentation is None else self.augmentation.draw(self.seed, epoch, index)
         matrix = crop_matrix((0, 0, self.size, self.size), self.size, **geometry)
         truth = ground_truth(
@@ -73,18 +84,23 @@ class SyntheticFigures(torch.utils.data.Dataset):
             head_size=head_size,
             index=index,
         )
-        return {"image": torch.from_numpy(warp_crop(picture, matrix, self.size, color)), **truth}
+        return {"image": torch.from_numpy(warp_crop(image, matrix, self.size, color)), **truth}
 
-    def draw(self, index):
-        """Picture ``(size, size, 3)`` uint8 BGR, joints ``(K, 2)`` float64, visibility ``(K,)`` uint8, head size."""
+    def draw(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """Renders a figure.
+
+        Returns:
+            Image ``(size, size, 3)`` uint8 BGR, joints ``(K, 2)`` float64 in pixels, visibility ``(K,)`` uint8, and the
+            head size in pixels.
+        """
         rng = np.random.default_rng((self.seed, index))
         body, from_behind = _pose(rng)
-        turn = np.deg2rad(rng.normal(0, 25) if rng.random() < 0.8 else rng.uniform(-180, 180))
+        turn = np.deg2rad(rng.normal(0, 25) if rng.random() < 0.9 else rng.uniform(-180, 180))
         rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         points = {name: rotation @ place for name, place in body.items()}
         cloud = np.array(list(points.values()))
         low, high = cloud.min(0), cloud.max(0)
-        # The figure fills 60 to 85 % of the picture and lies somewhere inside it.
+        # The figure covers 60 to 85 % of the image's side, at a random position inside the image.
         scale = self.size * rng.uniform(0.6, 0.85) / max((high - low).max(), 0.6)
         room = self.size - scale * (high - low)
         offset = room * rng.uniform(0.3, 0.7, 2) - scale * low
@@ -99,18 +115,17 @@ class SyntheticFigures(torch.utils.data.Dataset):
         hidden = canvas.hidden(self.skeleton.joints, points)
         if from_behind:
             hidden |= np.isin(self.skeleton.joints, ("nose", "left eye", "right eye"))
-        picture = canvas.finish()
-        return picture, joints, np.where(hidden, 1, 2).astype(np.uint8), 0.75 * _LENGTH["head"] * scale
+        return canvas.finish(), joints, np.where(hidden, 1, 2).astype(np.uint8), 0.75 * _LENGTH["head"] * scale
 
 
 def _pose(rng):
-    """Joint name -> (2,) in units of the body's height, pelvis at the origin; and whether it is seen from behind."""
+    """Random pose: joint name -> ``(2,)`` in body heights from the pelvis; and True for a back view."""
 
-    def along(angle):  # 0 hangs down
+    def along(angle):  # unit vector; 0 points down
         return np.array([np.sin(angle), np.cos(angle)])
 
-    facing = 1.0 if rng.random() < 0.75 else -1.0  # from the front the person's right is at the viewer's left
-    breadth = rng.uniform(0.35, 1.0)  # seen from the side the shoulders are narrow
+    facing = 1.0 if rng.random() < 0.75 else -1.0  # in a front view the person's right side is on the image's left
+    breadth = rng.uniform(0.35, 1.0)  # a side view narrows the shoulders
     lean = rng.normal(0, 0.22)
     trunk = _LENGTH["trunk"] * rng.uniform(0.85, 1.1)
     places = {"pelvis": np.zeros(2)}
@@ -136,7 +151,7 @@ def _pose(rng):
         shin = leg - outward * abs(rng.normal(0, 0.45))
         if rng.random() < 0.15:  # a kick, or a jump
             leg += outward * rng.uniform(0.4, 1.3)
-        shorten = rng.uniform(0.55, 1.0, 4)  # limbs that point at the viewer
+        shorten = rng.uniform(0.55, 1.0, 4)  # foreshortening of limbs that point toward the camera
         shorten[2:] = np.sqrt(shorten[2:])
         places[f"{side} shoulder"], places[f"{side} hip"] = shoulder, hip
         places[f"{side} elbow"] = shoulder + _LENGTH["upper arm"] * shorten[0] * along(arm)
@@ -147,13 +162,13 @@ def _pose(rng):
 
 
 class _Canvas:
-    """A picture in the making, drawn at twice its size and averaged in the end."""
+    """Image under construction, rendered at twice its size and averaged at the end."""
 
     def __init__(self, size, rng):
         self.size, self.rng = size, rng
         self.factor = 2
         self.image = np.zeros((size * 2, size * 2, 3), np.uint8)
-        # Which part was drawn last at each pixel; joints ask it whether they can be seen.
+        # Number of the body part or object rendered last at each pixel; it determines the joints' visibility.
         self.owner = np.zeros((size * 2, size * 2), np.uint8)
         self.parts = {}
 
@@ -165,9 +180,9 @@ class _Canvas:
         coarse = rng.normal(0, 14, (n // 16 + 1, n // 16 + 1, 3)).astype(np.float32)
         self.image = np.clip(self.image + cv2.resize(coarse, (n, n), interpolation=cv2.INTER_CUBIC), 0, 255)
         self.image = self.image.astype(np.uint8)
-        for _ in range(rng.integers(3, 9)):
+        for _ in range(rng.integers(2, 7)):
             self._object(rng.uniform(0, n, 2), n * rng.uniform(0.03, 0.16))
-        for _ in range(rng.integers(2, 6)):  # what looks like an arm or a leg but isn't
+        for _ in range(rng.integers(0, 3)):  # distractors that resemble limbs
             a = rng.uniform(0, n, 2)
             b = a + n * rng.uniform(0.08, 0.25) * _direction(rng)
             self._limb(
@@ -197,7 +212,7 @@ class _Canvas:
                 self._arm((side, sign), places, unit, cloth, skin)
 
     def objects(self, points, scale):
-        """Something in front of the figure: it covers a limb."""
+        """Renders one or two objects in front of the figure, near joints."""
         rng = self.rng
         names = [name for name in points if name.split()[-1] in ("elbow", "wrist", "knee", "ankle", "hip")]
         for _ in range(rng.integers(1, 3)):
@@ -205,20 +220,20 @@ class _Canvas:
             self._object(place, scale * self.factor * rng.uniform(0.04, 0.1), part="object")
 
     def hidden(self, names, points):
-        """Whether each joint lies under something drawn later than the limbs that meet in it."""
+        """``(K,)`` bool: joints covered by something rendered later than the limbs that meet in them."""
         places = [np.clip(np.round(points[name] * self.factor).astype(int), 0, len(self.owner) - 1) for name in names]
         owners = [self.owner[y, x] for x, y in places]
         names_of = {number: part for part, number in self.parts.items()}
         return np.array([not _belongs(name, names_of.get(o, "")) for name, o in zip(names, owners, strict=True)])
 
     def finish(self):
-        picture = cv2.resize(self.image, (self.size, self.size), interpolation=cv2.INTER_AREA)
-        noise = self.rng.standard_normal(picture.shape, np.float32) * np.float32(self.rng.uniform(1, 7))
-        noise += picture
+        image = cv2.resize(self.image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        noise = self.rng.standard_normal(image.shape, np.float32) * np.float32(self.rng.uniform(1, 7))
+        noise += image
         return np.clip(noise, 0, 255, out=noise).astype(np.uint8)
 
     def _cloth(self, sign):
-        """BGR: cold on the right (-1), warm on the left (+1), with some spread."""
+        """BGR of the right (-1) or left (+1) side's clothes, with random variation."""
         base = np.asarray(_CLOTH[1 if sign > 0 else -1])
         return np.clip(base + self.rng.normal(0, 22, 3), 0, 255)
 
@@ -275,7 +290,7 @@ class _Canvas:
             self._polygon(place + np.array([a + normal, a - normal, -a - normal, -a + normal]), color, part)
 
     def _limb(self, a, b, wide, thin, color, part=""):
-        """A bar with round ends, lit along its middle: the hull of a circle at each end."""
+        """Renders a limb: the convex hull of a circle at each end, with a brighter core."""
         along = b - a
         length = np.hypot(*along)
         x, y = along / length if length > 1e-6 else (1.0, 0.0)
@@ -288,7 +303,7 @@ class _Canvas:
         return self.parts.setdefault(part, len(self.parts) + 1)
 
     def _polygon(self, corners, color, part=""):
-        """A convex polygon."""
+        """Renders a convex polygon."""
         points = np.round(corners * (1 << _SHIFT)).astype(np.int32)
         cv2.fillConvexPoly(self.image, points, _scalar(color), cv2.LINE_AA, _SHIFT)
         if part:
@@ -302,7 +317,7 @@ class _Canvas:
 
 
 def _belongs(joint, part):
-    """Whether seeing ``part`` at a joint's place means seeing the joint."""
+    """True if ``part`` is a body part that contains the joint."""
     side, _, name = joint.partition(" ")
     own = {"shoulder": "arm", "elbow": "arm", "wrist": "arm", "hip": "leg", "knee": "leg", "ankle": "leg"}.get(name)
     if own is None:
