@@ -55,7 +55,7 @@ def test_signatures_in_readme_have_the_real_defaults():
 
     text = (ROOT / "README.md").read_text()
     for function in (amil_fast.adjust_pool, amil_fast.decode_heatmaps):
-        shown = re.search(rf"= amil_fast\.{function.__name__}\((\w+, [^)]*)\)\n", text)[1]
+        shown = re.search(rf"= amil_fast\.{function.__name__}\((\w+, [^)]*backend=[^)]*)\)\n", text)[1]
         parameters = [part.strip() for part in shown.replace("\n", " ").split(",") if part.strip() != "*"]
         real = [
             name if p.default is p.empty else f"{name}={p.default!r}".replace("'", '"')
