@@ -1,7 +1,6 @@
 """``amil mil``: bag classifiers on bag files."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,20 +12,13 @@ from rich.table import Table
 from amil_fast.cli.common import fail, progress_bar
 from amil_fast.mil import study as mil_study
 from amil_fast.mil.bag_files import load_bags
-from amil_fast.mil.training import PAPER_SETTINGS, MilSettings, cross_validate
+from amil_fast.mil.cross_validation import cross_validate, format_accuracy
+from amil_fast.mil.settings import PAPER_SETTINGS, MilSettings
 from amil_fast.ops import adjust_pool
+from amil_fast.utils.files import write_json, write_text
 
-app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: classify bags of instances.")
+app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: bag classifiers.")
 _DEFAULT = MilSettings()
-
-
-def write_json(path, content):
-    """Writes JSON, making the folder; a place that can't be written ends the command."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        fail(f"{path}: can't be written: {error.strerror}")
 
 
 @app.command()
@@ -39,63 +31,64 @@ def cv(
     num_iters: Annotated[int, typer.Option(help="Iterations of adjust pooling.")] = _DEFAULT.num_iters,
     hidden: Annotated[int, typer.Option(help="Width of every layer.")] = _DEFAULT.hidden,
     depth: Annotated[int, typer.Option(help="Number of layers.")] = _DEFAULT.depth,
-    residual: Annotated[bool, typer.Option(help="Add up the levels' bag vectors.")] = _DEFAULT.residual,
+    residual: Annotated[bool, typer.Option(help="Sum the bag vectors over the levels.")] = _DEFAULT.residual,
     deep_supervision: Annotated[bool, typer.Option(help="Score every level.")] = _DEFAULT.deep_supervision,
     instance_norm: Annotated[
-        float, typer.Option(help="Length that instances are scaled to before pooling; 0: leave them.")
+        float, typer.Option(help="Length to which embeddings are scaled before pooling; 0: off.")
     ] = _DEFAULT.instance_norm,
     instance_scale: Annotated[
         float, typer.Option(help="Factor on the embeddings before pooling.")
     ] = _DEFAULT.instance_scale,
     bag_scale: Annotated[float, typer.Option(help="Factor on the pooled vectors.")] = _DEFAULT.bag_scale,
-    input_dropout: Annotated[float, typer.Option(help="Share of features dropped.")] = _DEFAULT.input_dropout,
-    dropout: Annotated[float, typer.Option(help="Share of hidden units dropped.")] = _DEFAULT.dropout,
+    input_dropout: Annotated[float, typer.Option(help="Dropout probability of features.")] = _DEFAULT.input_dropout,
+    dropout: Annotated[float, typer.Option(help="Dropout probability of hidden units.")] = _DEFAULT.dropout,
     soft_clip: Annotated[
-        float, typer.Option(help="Bend standardized features toward this bound; 0: leave them.")
+        float, typer.Option(help="Bound of the smooth clipping of standardized features; 0: off.")
     ] = _DEFAULT.soft_clip,
     kernel_weight: Annotated[
-        float, typer.Option(help="Share of a set kernel in the probability; 0: the network alone.")
+        float, typer.Option(help="Weight of a set kernel's probability beside the network's; 0: off.")
     ] = _DEFAULT.kernel_weight,
     loss: Annotated[str, typer.Option(help="bce, margin, bce+margin or mil.")] = _DEFAULT.loss,
-    epochs: Annotated[int, typer.Option(help="Passes over the training part; the last one counts.")] = _DEFAULT.epochs,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training part; the last epoch's model is used.")
+    ] = _DEFAULT.epochs,
     batch_size: Annotated[int, typer.Option(help="Bags per step.")] = _DEFAULT.batch_size,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = _DEFAULT.lr,
-    schedule: Annotated[str, typer.Option(help="Of the learning rate: constant or cosine.")] = _DEFAULT.schedule,
-    weight_decay: Annotated[float, typer.Option(help="Adam's weight decay.")] = _DEFAULT.weight_decay,
-    ensemble: Annotated[int, typer.Option(help="Networks per fold, their probabilities averaged.")] = _DEFAULT.ensemble,
-    seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = _DEFAULT.seed,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = _DEFAULT.lr,
+    schedule: Annotated[str, typer.Option(help="Learning rate schedule: constant or cosine.")] = _DEFAULT.schedule,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of Adam.")] = _DEFAULT.weight_decay,
+    ensemble: Annotated[
+        int, typer.Option(help="Networks per fold whose probabilities are averaged.")
+    ] = _DEFAULT.ensemble,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = _DEFAULT.seed,
     backend: Annotated[str, typer.Option(help="Backend of adjust pooling.")] = _DEFAULT.backend,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Start from the paper's settings; what you name still counts.")
+        bool, typer.Option("--paper", help="Use the paper's settings; other options override them.")
     ] = False,
-    at_once: Annotated[int, typer.Option(min=1, help="Networks trained side by side.")] = 50,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Number of networks trained side by side.")] = 50,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ):
     """Repeated k-fold cross-validation of a bag classifier (MI-RNet) on the folds of a bag file.
 
-    Every feature is standardized by the training part of each fold, the model of the last epoch counts, the threshold
-    is 0.5; accuracy is the mean over folds, given as mean and standard deviation over repetitions.
+    Features are standardized by the training part of each fold; the last epoch's model is evaluated with threshold
+    0.5. Accuracy is the mean over folds, reported as mean and standard deviation over repetitions.
 
     Example: `amil mil cv musk1.npz --pooling adjust --json musk1.json`
     """
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if name in MilSettings.__dataclass_fields__ and context.get_parameter_source(name).name != "DEFAULT"
-    }
+    sources = {name: context.get_parameter_source(name) for name in MilSettings.__dataclass_fields__}
+    given = {name: context.params[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
     console = Console(quiet=quiet)
     try:
         settings = dataclasses.replace(PAPER_SETTINGS if paper else _DEFAULT, **given)
-        adjust_pool(torch.zeros(1, 1, 1), backend=backend)  # whether it can serve at all, before anything is trained
-        bags = load_bags(data)
+        adjust_pool(torch.zeros(1, 1, 1), backend=backend)  # an unusable backend fails before anything is trained
+        bag_data = load_bags(data)
     except (ValueError, RuntimeError) as error:
         fail(error)
-    repetitions, folds, count = bags.folds.shape
-    sizes = bags.sizes
+    repetitions, folds, num_bags = bag_data.folds.shape
+    sizes, (num_instances, num_features) = bag_data.sizes, bag_data.features.shape
     console.print(
-        f"{data}: {count} bags ({int(bags.labels.sum())} positive) of {sizes.min()} to {sizes.max()} "
-        f"instances, {bags.features.shape[0]} x {bags.features.shape[1]} features; {repetitions} x {folds} folds",
+        f"{data}: {num_bags} bags ({int(bag_data.labels.sum())} positive) of {sizes.min()} to {sizes.max()} "
+        f"instances, {num_instances} x {num_features} features; {repetitions} x {folds} folds",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -103,14 +96,18 @@ def cv(
     with progress_bar(console, quiet) as progress:
         task = progress.add_task("epochs", total=None)
         result = cross_validate(
-            bags,
+            bag_data,
             settings,
             at_once=at_once,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(_cv_table(result))
     if json_file is not None:
-        write_json(json_file, {"file": data.name, **result})
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(json_file, {"file": data.name, **result})
+        except OSError as error:
+            fail(f"{json_file}: cannot be written: {error.strerror}")
         console.print(f"written: {json_file}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -124,9 +121,7 @@ def _cv_table(result):
         table.add_row(str(repetition + 1), f"{accuracy:.3f}", f"{sum(aucs) / len(aucs):.3f}" if aucs else "-")
     table.add_section()
     auc = result["auc_mean"]
-    table.add_row(
-        "mean", f"{result['accuracy_mean']:.3f} ± {result['accuracy_std']:.3f}", "-" if auc is None else f"{auc:.3f}"
-    )
+    table.add_row("mean", format_accuracy(result), "-" if auc is None else f"{auc:.3f}")
     return table
 
 
@@ -135,23 +130,25 @@ def study(
     data: Annotated[list[Path], typer.Argument(help="Bag files.")],
     out: Annotated[Path, typer.Option(help="Folder for study.json, study.md and study.png.")] = Path("runs/mil_study"),
     group: Annotated[
-        list[str] | None, typer.Option(help="pooling, network, ingredients or all; may be given more than once.")
+        list[str] | None, typer.Option(help="pooling, network, ingredients or all; can be repeated.")
     ] = None,
-    repetitions: Annotated[int | None, typer.Option(min=1, help="Use the first repetitions only.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every row, instead of its own.")] = None,
-    seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = _DEFAULT.seed,
+    repetitions: Annotated[
+        int | None, typer.Option(min=1, help="Number of repetitions to use, from the first.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs, overriding that of every row.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = _DEFAULT.seed,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ):
-    """Which ingredient makes the difference: cross-validations over poolings, network options and parts of the recipe.
+    """Ablation study: cross-validations over poolings, network variants and parts of the recipe.
 
-    Every row is one cross-validation of one network per fold. Stopped and started again it goes on where it was.
+    Every row is a cross-validation with one network per fold. An interrupted study is resumed by the same command.
 
     Example: `amil mil study musk1.npz tiger.npz --group pooling --out runs/study`
     """
     changes = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
     console = Console(quiet=quiet)
     try:
-        cells = mil_study.study_cells(group or ("pooling", "network", "ingredients"), **changes)
+        rows = mil_study.study_rows(group or ("pooling", "network", "ingredients"), **changes)
         files = {path.stem: load_bags(path) for path in data}
         if len(files) < len(data):
             raise ValueError("data: expected files with different names")
@@ -160,18 +157,18 @@ def study(
             task = progress.add_task("", total=None)
             content = mil_study.run_study(
                 files,
-                cells,
+                rows,
                 out / "study.json",
                 repetitions=repetitions,
-                on_cell=lambda done, total, label: progress.update(
+                on_row=lambda done, total, label: progress.update(
                     task,
                     completed=done,
                     total=total,
-                    description=label.replace("[", r"\["),  # no Rich markup
+                    description=label.replace("[", r"\["),  # not Rich markup
                 ),
             )
-        table = mil_study.rows(files, cells, content, repetitions)
-        (out / "study.md").write_text(mil_study.to_markdown(table))
+        table = mil_study.complete_rows(files, rows, content, repetitions)
+        write_text(out / "study.md", mil_study.to_markdown(table))
         mil_study.draw(out / "study.png", table)
     except ValueError as error:
         fail(error)

@@ -1,5 +1,6 @@
 """Bag files: multiple-instance data sets as one ``.npz`` with bags in compressed (CSR) form."""
 
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -7,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
+from amil_fast.utils.files import DataError, atomic_path
 
-class BagFileError(ValueError):
-    """A bag file that can't be used; the message names the file and the entry."""
+_ENTRIES = ("features", "offsets", "labels", "folds")
+_EXPECTED = f"expected a bag file: an .npz archive with the entries {', '.join(_ENTRIES)}"
 
 
 @dataclass(frozen=True, eq=False)
 class BagData:
-    """Labeled bags.
+    """Labeled bags in compressed (CSR) form, with folds.
 
     Attributes:
         features: float32 ``(instances, D)``: the instances of bag 0, then those of bag 1, ...
-        offsets: int64 ``(bags + 1,)``: bag b is ``features[offsets[b] : offsets[b + 1]]``.
-        labels: int64 ``(bags,)``, 1 positive, 0 negative.
-        folds: bool ``(repetitions, folds, bags)``: True where the bag is in the training part, False in the test part.
+        offsets: int64 ``(num_bags + 1,)``: bag b is ``features[offsets[b] : offsets[b + 1]]``.
+        labels: int64 ``(num_bags,)``, 1 positive, 0 negative.
+        folds: bool ``(repetitions, folds, num_bags)``, True in the training part, False in the test part.
     """
 
     features: np.ndarray
@@ -29,53 +31,64 @@ class BagData:
     folds: np.ndarray
 
     @property
-    def sizes(self):
-        """Instances per bag: int64 ``(bags,)``."""
+    def sizes(self) -> np.ndarray:
+        """Number of instances per bag: int64 ``(num_bags,)``."""
         return np.diff(self.offsets)
 
-    def rows(self, bags):
-        """Row numbers of the instances of ``bags`` in their order, and these bags' ``cu_seqlens``."""
-        sizes = self.sizes[bags]
+    def rows(self, bag_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers in ``features`` of the instances of some bags, in this order, and their ``cu_seqlens``."""
+        sizes = self.sizes[bag_indices]
         cu_seqlens = np.concatenate([[0], np.cumsum(sizes)])
-        return np.arange(cu_seqlens[-1]) + np.repeat(self.offsets[:-1][bags] - cu_seqlens[:-1], sizes), cu_seqlens
+        return np.arange(cu_seqlens[-1]) + np.repeat(
+            self.offsets[:-1][bag_indices] - cu_seqlens[:-1], sizes
+        ), cu_seqlens
 
 
-def load_bags(path):
-    """Reads a bag file: an ``.npz`` with entries ``features``, ``offsets``, ``labels``, ``folds`` (:class:`BagData`).
+def load_bags(path: str | os.PathLike) -> BagData:
+    """Reads a bag file: an ``.npz`` archive with entries ``features``, ``offsets``, ``labels``, ``folds``.
 
     Raises:
-        BagFileError: with the file's name, the entry's, what was expected and what was found. Pickled entries are
-            refused.
+        DataError: with the names of file and entry, what was expected and what was found. Nothing is unpickled.
     """
     path = Path(path)
-    entries = {}
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise BagFileError(f"{path}: expected an .npz file with named entries, got a single array")
-        with file:
-            for name in ("features", "offsets", "labels", "folds"):
-                if name not in file:
-                    found = ", ".join(sorted(file.files)) or "nothing"
-                    raise BagFileError(f"{path}: entry {name!r} is missing (the file holds: {found})")
-                try:
-                    entries[name] = file[name]
-                except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-                    raise BagFileError(f"{path}: entry {name!r} can't be read: {error}") from error
-    except BagFileError:
+        if not zipfile.is_zipfile(path):
+            path.open("rb").close()  # the error of a file that cannot be opened
+            raise DataError(f"{path}: {_EXPECTED}")
+        with np.load(path, allow_pickle=False) as file:
+            entries = {name: _read_entry(path, file, name) for name in _ENTRIES}
+    except DataError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BagFileError(f"{path}: can't be read as an .npz file: {reason}") from error
+        raise DataError(f"{path}: cannot be read: {reason}") from error
     return check_bag_data(**entries, source=str(path))
 
 
-def check_bag_data(features, offsets, labels, folds, source="bags"):
-    """Checks four arrays and returns them as :class:`BagData`; ``source`` begins each error message."""
+def _read_entry(path, file, name):
+    if name not in file:
+        found = ", ".join(sorted(file.files)) or "nothing"
+        raise DataError(f"{path}: entry {name!r} is missing (found: {found})")
+    try:
+        return file[name]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        # NumPy's own message recommends unpickling.
+        reason = "an array of Python objects" if "allow_pickle" in str(error) else str(error)
+        raise DataError(f"{path}: entry {name!r}: expected an array of numbers, got {reason}") from error
+
+
+def check_bag_data(
+    features: np.ndarray, offsets: np.ndarray, labels: np.ndarray, folds: np.ndarray, source: str = "bags"
+) -> BagData:
+    """Checks four arrays and returns them as :class:`BagData`.
+
+    Raises:
+        DataError: an array of the wrong shape, dtype or content; the message starts with ``source``.
+    """
 
     def expect(condition, entry, expected, got):
         if not condition:
-            raise BagFileError(f"{source}: entry {entry!r}: expected {expected}, got {got}")
+            raise DataError(f"{source}: entry {entry!r}: expected {expected}, got {got}")
 
     features, offsets, labels, folds = (np.asarray(a) for a in (features, offsets, labels, folds))
     expect(features.ndim == 2, "features", "shape (instances, D)", f"shape {features.shape}")
@@ -97,19 +110,19 @@ def check_bag_data(features, offsets, labels, folds, source="bags"):
     steps = np.diff(offsets)
     if steps.min() < 0:
         bad = int(np.argmin(steps))
-        expect(False, "offsets", "values that never fall", f"{offsets[bad]} then {offsets[bad + 1]} at {bad}")
+        expect(False, "offsets", "non-decreasing values", f"{offsets[bad]} then {offsets[bad + 1]} at {bad}")
 
-    bags = offsets.shape[0] - 1
-    expect(labels.shape == (bags,), "labels", f"shape ({bags},), one per bag", f"shape {labels.shape}")
+    num_bags = offsets.shape[0] - 1
+    expect(labels.shape == (num_bags,), "labels", f"shape ({num_bags},), one per bag", f"shape {labels.shape}")
     expect(labels.dtype.kind in "fiub", "labels", "numbers", f"dtype {labels.dtype}")
     wrong = ~np.isin(labels, (0, 1))
     expect(not wrong.any(), "labels", "0 or 1", f"{labels[wrong][:1]} for bag {int(np.argmax(wrong))}")
     labels = labels.astype(np.int64)
 
     expect(
-        folds.ndim == 3 and folds.shape[2] == bags and folds.size > 0,
+        folds.ndim == 3 and folds.shape[2] == num_bags and folds.size > 0,
         "folds",
-        f"shape (repetitions, folds, {bags})",
+        f"shape (repetitions, folds, {num_bags})",
         f"shape {folds.shape}",
     )
     expect(folds.dtype.kind in "fiub" and np.isin(folds, (0, 1)).all(), "folds", "bool values", f"dtype {folds.dtype}")
@@ -122,14 +135,20 @@ def check_bag_data(features, offsets, labels, folds, source="bags"):
     return BagData(features, offsets, labels, folds)
 
 
-def stratified_folds(labels, repetitions=5, folds=10, seed=0):
-    """Folds for :class:`BagData`: in each repetition every bag is tested once, the classes spread evenly over folds.
+def stratified_folds(labels: np.ndarray, repetitions: int = 5, folds: int = 10, seed: int = 0) -> np.ndarray:
+    """Stratified folds for :class:`BagData`: in each repetition every bag is in exactly one test part.
 
     Args:
-        labels: ``(bags,)``.
+        labels: ``(num_bags,)``.
+        repetitions: number of partitions.
+        folds: number of parts, 2 to ``num_bags``.
+        seed: seed of the partitions.
 
     Returns:
-        bool ``(repetitions, folds, bags)``, True = training part.
+        bool ``(repetitions, folds, num_bags)``, True in the training part.
+
+    Raises:
+        ValueError: ``folds`` out of range.
     """
     labels = np.asarray(labels)
     if folds < 2 or folds > labels.shape[0]:
@@ -137,14 +156,17 @@ def stratified_folds(labels, repetitions=5, folds=10, seed=0):
     rng = np.random.default_rng(seed)
     train = np.ones((repetitions, folds, labels.shape[0]), dtype=bool)
     for r in range(repetitions):
-        # Shuffled, then sorted by class: dealing these out like cards spreads each class as evenly as can be.
+        # Shuffled, then sorted by class: assigning the folds in turn distributes each class evenly.
         order = rng.permutation(labels.shape[0])
         order = order[np.argsort(labels[order], kind="stable")]
         train[r, np.arange(labels.shape[0]) % folds, order] = False
     return train
 
 
-def save_bags(path, features, offsets, labels, folds):
-    """Checks the four arrays of :class:`BagData` and writes them as a bag file."""
+def save_bags(
+    path: str | os.PathLike, features: np.ndarray, offsets: np.ndarray, labels: np.ndarray, folds: np.ndarray
+) -> None:
+    """Checks the four arrays of :class:`BagData` and writes them to a bag file, atomically."""
     data = check_bag_data(features, offsets, labels, folds, source=str(path))
-    np.savez_compressed(path, features=data.features, offsets=data.offsets, labels=data.labels, folds=data.folds)
+    with atomic_path(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, features=data.features, offsets=data.offsets, labels=data.labels, folds=data.folds)

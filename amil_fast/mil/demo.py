@@ -1,7 +1,5 @@
-"""The first half of ``amil demo``: a made-up multiple-instance problem, solved with adjust pooling, and a picture of
-its weights."""
+"""The bag half of ``amil demo``: a synthetic multiple-instance problem, MI-RNet, and a figure of its weights."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,31 +7,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from amil_fast.mil.cross_validation import area_under_roc
 from amil_fast.nn import MIRNet, level_loss, margin_loss
+from amil_fast.utils.files import atomic_path, write_json
 
 FEATURES = 8
-_KEY = np.array([2.5, -2.5])  # where key instances lie in the first two features
+_KEY = np.array([2.5, -2.5])  # center of the key instances in the first two features
 
 
 @dataclass(frozen=True)
-class MadeUpBags:
-    """Packed bags. ``key`` tells which instances make a bag positive; it is never shown to the model."""
+class SyntheticBags:
+    """Packed bags. ``key`` marks the instances that make a bag positive; the model does not see it."""
 
     features: torch.Tensor  # float32 (total, FEATURES)
-    cu_seqlens: torch.Tensor  # int64 (bags + 1,)
-    labels: torch.Tensor  # int64 (bags,)
+    cu_seqlens: torch.Tensor  # int64 (num_bags + 1,)
+    labels: torch.Tensor  # int64 (num_bags,)
     key: torch.Tensor  # bool (total,)
 
 
-def make_bags(count, seed):
-    """Bags of 5 to 40 points with :data:`FEATURES` features, half of the bags positive.
+def make_synthetic_bags(num_bags: int, seed: int) -> SyntheticBags:
+    """Samples bags of 5 to 40 instances with :data:`FEATURES` features, half of them positive.
 
-    Background points are normal around 0 and around two decoys, which appear in both classes. A positive bag holds one
-    to three key points, normal around a third place: whether there is one is all that the label says.
+    Background instances are normally distributed around 0 and around two decoy centers, in both classes. A positive bag
+    has one to three key instances, normally distributed around a third center; negative bags have none.
     """
     rng = np.random.default_rng(seed)
     features, keys, sizes, labels = [], [], [], []
-    for bag in range(count):
+    for bag in range(num_bags):
         size, label = int(rng.integers(5, 41)), bag % 2
         x = rng.normal(size=(size, FEATURES))
         decoy = rng.random(size) < 0.3
@@ -48,7 +48,7 @@ def make_bags(count, seed):
         keys.append(key)
         sizes.append(size)
         labels.append(label)
-    return MadeUpBags(
+    return SyntheticBags(
         torch.from_numpy(np.concatenate(features).astype(np.float32)),
         torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)])),
         torch.tensor(labels),
@@ -57,7 +57,7 @@ def make_bags(count, seed):
 
 
 def _take(bags, which):
-    """Features, cu_seqlens and labels of some of the bags, packed."""
+    """Packed features, ``cu_seqlens`` and labels of some bags."""
     starts, sizes = bags.cu_seqlens[:-1][which], bags.cu_seqlens.diff()[which]
     cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     rows = torch.arange(int(cu_seqlens[-1])) + torch.repeat_interleave(starts - cu_seqlens[:-1], sizes)
@@ -65,7 +65,7 @@ def _take(bags, which):
 
 
 def train(bags, epochs, seed, on_epoch=None, backend="auto"):
-    """A small MI-RNet with adjust pooling, trained on packed mini-batches of 32 bags."""
+    """Trains a small MI-RNet with adjust pooling on packed mini-batches of 32 bags; returns it."""
     torch.manual_seed(seed)
     net = MIRNet(FEATURES, hidden=64, backend=backend)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
@@ -75,8 +75,8 @@ def train(bags, epochs, seed, on_epoch=None, backend="auto"):
             features, cu_seqlens, labels = _take(bags, which)
             output = net(features, cu_seqlens=cu_seqlens)
             loss = level_loss(output.logits, labels)
-            # Short vectors for negative bags, long ones for positive: without it a level may as well learn to weigh
-            # what speaks against a key instance (one of five seeds did).
+            # Short vectors for negative bags, long ones for positive: without this term a level may learn to weight
+            # instances that indicate a negative bag (seen for one of five seeds).
             loss = loss + 3 * margin_loss(output.pooled, labels.expand(output.pooled.shape[:2]))
             optimizer.zero_grad()
             loss.backward()
@@ -89,13 +89,11 @@ def train(bags, epochs, seed, on_epoch=None, backend="auto"):
 
 @torch.no_grad()
 def evaluate(net, bags):
-    """Accuracy and AUC over bags, and how well the weights of the last level point at the key instances.
+    """Accuracy and AUC over bags, and the agreement of the last level's weights with the key instances.
 
-    ``pointing``: share of the correctly recognized positive bags whose heaviest instance is a key instance;
-    ``by_chance``: the same for an instance drawn at random.
+    ``pointing``: fraction of the true positive bags whose instance of largest weight is a key instance; ``by_chance``:
+    its expectation for a random instance.
     """
-    from amil_fast.mil.training import area_under_roc
-
     output = net(bags.features, cu_seqlens=bags.cu_seqlens, return_weights=True)
     found = output.probabilities >= 0.5
     weights = output.weights[-1]
@@ -115,21 +113,21 @@ def evaluate(net, bags):
 
 
 def draw(path, bags, probabilities, weights):
-    """Writes the picture: eight test bags with their instance weights, and how much weight lies on key instances."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Plots eight test bags with their instance weights, and a histogram of the total weight of the key instances."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     sizes = bags.cu_seqlens.diff()
-    relative = weights * torch.repeat_interleave(sizes, sizes)  # 1 = the weight of a plain mean
+    relative = weights * torch.repeat_interleave(sizes, sizes)  # 1 = the weight in mean pooling
     top = max(float(relative.quantile(0.999)), 2.0)
-    norm, colors = matplotlib.colors.LogNorm(1 / top, top), "coolwarm"
+    norm, colors = LogNorm(1 / top, top), "coolwarm"
 
-    figure = plt.figure(figsize=(15, 8.4), layout="constrained")
+    figure = Figure(figsize=(15, 8.4), layout="constrained")
     grid = figure.add_gridspec(2, 5, width_ratios=[1, 1, 1, 1, 1.25])
     figure.suptitle(
-        "Adjust pooling's weights on a made-up problem: a bag is positive iff one of its instances is a key instance",
+        "Instance weights of adjust pooling: a synthetic bag is positive if one of its instances is a key instance",
         fontsize=14,
     )
     for row, label in enumerate((1, 0)):
@@ -151,38 +149,38 @@ def draw(path, bags, probabilities, weights):
     bins = np.linspace(0, 1, 21)
     for weight, name, color in (
         (weights, "adjust pooling", "firebrick"),
-        (1 / sizes[bag_of], "plain mean", "steelblue"),
+        (1 / sizes[bag_of], "mean pooling", "steelblue"),
     ):
         on_key = torch.zeros(len(sizes)).index_add(0, bag_of, weight * bags.key)
         axes.hist(on_key[positive].numpy(), bins, histtype="stepfilled", alpha=0.6, color=color, label=name)
     axes.set(
-        title=f"weight on key instances,\n{int(positive.sum())} positive test bags",
-        xlabel="sum of the key instances' weights",
+        title=f"weight of the key instances,\n{int(positive.sum())} positive test bags",
+        xlabel="total weight",
         ylabel="bags",
         xlim=(0, 1),
     )
     axes.legend()
-    handle = matplotlib.lines.Line2D([], [], marker="o", ls="", mfc="none", mec="black", ms=10, mew=1.8)
-    figure.legend([handle], ["key instance (never shown to the model)"], loc="outside lower left", fontsize=11)
-    scale = matplotlib.cm.ScalarMappable(norm, colors)
+    handle = Line2D([], [], marker="o", ls="", mfc="none", mec="black", ms=10, mew=1.8)
+    figure.legend([handle], ["key instance (not an input of the model)"], loc="outside lower left", fontsize=11)
+    scale = ScalarMappable(norm, colors)
     bar = figure.colorbar(scale, ax=figure.axes[:-1], location="bottom", shrink=0.5, aspect=50, pad=0.01)
-    bar.set_label("instance weight x bag size (circle area too); position: the two features that matter, of 8")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    bar.set_label("instance weight x bag size (also the circle's area); axes: the two informative features of 8")
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def run(folder, *, epochs=30, seed=0, on_epoch=None, backend="auto"):
-    """Trains on 600 made-up bags, tests on 400 others; writes ``mil_weights.png``, ``mil_scores.json`` into ``folder``.
+    """Trains on 600 synthetic bags, tests on 400 others; writes ``mil_weights.png``, ``mil_scores.json`` to ``folder``.
 
     Returns the scores of :func:`evaluate` with ``seconds``, ``epochs`` and ``seed``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    net = train(make_bags(600, seed), epochs, seed, on_epoch, backend)
-    test = make_bags(400, seed + 10_000)
+    net = train(make_synthetic_bags(600, seed), epochs, seed, on_epoch, backend)
+    test = make_synthetic_bags(400, seed + 10_000)
     scores, probabilities, weights = evaluate(net, test)
     scores |= {"seconds": time.perf_counter() - begin, "epochs": epochs, "seed": seed}
     draw(folder / "mil_weights.png", test, probabilities, weights)
-    (folder / "mil_scores.json").write_text(json.dumps({"problem": "made up", **scores}, indent=2) + "\n")
+    write_json(folder / "mil_scores.json", {"problem": "synthetic", **scores})
     return scores

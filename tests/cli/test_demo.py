@@ -33,7 +33,7 @@ def test_demo(tmp_path, monkeypatch):
     assert run.exit_code == 0, run.output
     assert "synthetic bags" in run.output and "PCK@0.2 on 8 held-out figures" in run.output
     scores = json.loads((folder / "mil_scores.json").read_text())
-    assert scores["problem"] == "made up"
+    assert scores["problem"] == "synthetic"
     assert scores["accuracy"] > 0.85 and scores["pointing"] > 0.9 > 0.3 > scores["by_chance"]
     assert (folder / "mil_weights.png").stat().st_size > 20_000
     scores = json.loads((folder / "pose_scores.json").read_text())
@@ -62,8 +62,8 @@ def test_photo_of_the_user(tmp_path):
     assert pose_demo.photo(tmp_path / "a.png").shape == (90, 60, 3)
 
 
-def test_made_up_bags():
-    bags = mil_demo.make_bags(50, seed=0)
+def test_synthetic_bags():
+    bags = mil_demo.make_synthetic_bags(50, seed=0)
     sizes = bags.cu_seqlens.diff()
     assert sizes.min() >= 5 and sizes.max() <= 40 and bags.cu_seqlens[-1] == len(bags.features)
     keys = [int(k.sum()) for k in bags.key.split(sizes.tolist())]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from amil_fast.mil.bag_files import save_bags
-from amil_fast.mil.training import PAPER_SETTINGS
+from amil_fast.mil.settings import PAPER_SETTINGS
 from tests.cli.helpers import amil
 from tests.mil.helpers import easy_bags
 
@@ -34,6 +34,15 @@ def test_cv_prints_a_table_and_writes_json(bag_file, tmp_path):
     assert len(result["per_fold"]) == 6
     assert result["settings"]["pooling"] == "max" and result["settings"]["epochs"] == 3
     assert result["settings"]["seed"] == 5 and result["file"] == "easy.npz"
+
+
+def test_cv_of_one_repetition_prints_no_deviation(tmp_path):
+    data = easy_bags()
+    save_bags(tmp_path / "one.npz", data.features, data.offsets, data.labels, data.folds[:1])
+    run = amil("mil", "cv", tmp_path / "one.npz", *FAST, "--json", tmp_path / "one.json")
+    assert run.exit_code == 0 and "±" not in run.output
+    result = json.loads((tmp_path / "one.json").read_text())
+    assert result["accuracy_std"] is None and f"{result['accuracy_mean']:.3f}" in run.output
 
 
 def test_cv_paper_settings(bag_file, tmp_path):
@@ -66,7 +75,7 @@ def test_cv_bad_options(bag_file, args, message, monkeypatch):
 
 def test_cv_bad_files(bag_file, tmp_path):
     run = amil("mil", "cv", tmp_path / "absent.npz")
-    assert run.exit_code == 2 and "absent.npz: can't be read" in run.output
+    assert run.exit_code == 2 and "absent.npz: cannot be read" in run.output
     entries = dict(np.load(bag_file))
     np.savez(bag_file, **(entries | {"labels": entries["labels"] + 1}))
     run = amil("mil", "cv", bag_file)
@@ -78,4 +87,4 @@ def test_cv_bad_files(bag_file, tmp_path):
 def test_cv_unwritable_json(bag_file, tmp_path):
     (tmp_path / "file").write_text("")
     run = amil("mil", "cv", bag_file, *FAST, "--json", tmp_path / "file" / "x.json")
-    assert run.exit_code == 2 and "can't be written" in run.output
+    assert run.exit_code == 2 and "cannot be written" in run.output

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from amil_fast.mil.cross_validation import area_under_roc
 from amil_fast.mil.set_kernel import SetKernel
-from amil_fast.mil.training import area_under_roc
 from tests.mil.helpers import easy_bags
 
 

@@ -7,17 +7,17 @@ import pytest
 
 from amil_fast.mil import study
 from amil_fast.mil.bag_files import save_bags
-from amil_fast.mil.training import LOSSES, PAPER_SETTINGS
+from amil_fast.mil.settings import LOSSES, PAPER_SETTINGS
 from tests.cli.helpers import amil
 from tests.mil.helpers import easy_bags
 
 
-def test_cells():
-    cells = study.study_cells(("all",))
-    assert len(cells) == 10 * 2 * 2 * len(LOSSES) == len({c.settings for c in cells}) == len({c.label for c in cells})
-    cells = study.study_cells(("ingredients",), seed=4)
-    assert all(c.settings.seed == 4 for c in cells)
-    by_label = {c.label: c.settings for c in cells}
+def test_rows():
+    rows = study.study_rows(("all",))
+    assert len(rows) == 10 * 2 * 2 * len(LOSSES) == len({c.settings for c in rows}) == len({c.label for c in rows})
+    rows = study.study_rows(("ingredients",), seed=4)
+    assert all(c.settings.seed == 4 for c in rows)
+    by_label = {c.label: c.settings for c in rows}
     assert by_label["recipe without soft clip"].soft_clip == 0 != by_label["recipe"].soft_clip
     assert by_label["recipe"].kernel_weight == 0 < by_label["recipe with set kernel"].kernel_weight < 1
     assert by_label["set kernel alone"].kernel_weight == 1
@@ -26,29 +26,30 @@ def test_cells():
     assert by_label["paper's settings with set kernel"].kernel_weight > 0
     assert by_label["recipe with margin loss"].loss == "bce+margin" != by_label["recipe"].loss
     with pytest.raises(ValueError, match="groups: expected some of pooling"):
-        study.study_cells(("poolings",))
+        study.study_rows(("poolings",))
 
 
 def test_resumes(tmp_path, monkeypatch):
     files = {"easy": easy_bags()}
-    cells = study.study_cells(("pooling",), epochs=1, hidden=4, backend="reference")[:3]
+    rows = study.study_rows(("pooling",), epochs=1, hidden=4, backend="reference")[:3]
     path = tmp_path / "study.json"
-    first = study.run_study(files, cells[:2], path, repetitions=1)
-    assert study.rows(files, cells, first, 1)[-1][0] == cells[1], "the third is not complete"
+    first = study.run_study(files, rows[:2], path, repetitions=1)
+    assert study.complete_rows(files, rows, first, 1)[-1][0] == rows[1], "the third is not complete"
     calls = []
     original = study.cross_validate
     monkeypatch.setattr(study, "cross_validate", lambda *a, **k: calls.append(a) or original(*a, **k))
-    second = study.run_study(files, cells, path, repetitions=1)
-    assert len(calls) == 1 and calls[0][1] == cells[2].settings
+    second = study.run_study(files, rows, path, repetitions=1)
+    assert len(calls) == 1 and calls[0][1] == rows[2].settings
     assert json.loads(path.read_text()) == second
     assert all(second["results"][key] == result for key, result in first["results"].items())
-    table = study.rows(files, cells, second, 1)
-    assert [cell for cell, _ in table] == cells
-    assert study.rows(files, cells, second, 2) == [], "other repetitions are other results"
+    table = study.complete_rows(files, rows, second, 1)
+    assert [row for row, _ in table] == rows
+    assert study.complete_rows(files, rows, second, 2) == [], "other repetitions are other results"
     lines = study.to_markdown(table).splitlines()
     result = table[1][1]["easy"]
     assert lines[0].count("|") == lines[2].count("|") == 6
-    assert f"| adjust, T = 2 | {result['accuracy_mean']:.3f} ± {result['accuracy_std']:.3f} /" in lines[3]
+    assert result["accuracy_std"] is None, "one repetition has no deviation"
+    assert f"| adjust, T = 2 | {result['accuracy_mean']:.3f} / {result['auc_mean']:.3f} |" in lines[3]
     assert result["parameters"] == 4 * 5 + 2 * 4 * 5 + 3 * 5
     assert np.isfinite(result["ms_per_epoch"])
 
@@ -63,4 +64,4 @@ def test_command(tmp_path):
     assert "gated_attention" in (tmp_path / "out" / "study.md").read_text()
     assert (tmp_path / "out" / "study.png").stat().st_size > 10_000
     run = amil("mil", "study", tmp_path / "c.npz", *args)
-    assert run.exit_code == 2 and "c.npz: can't be read" in run.output
+    assert run.exit_code == 2 and "c.npz: cannot be read" in run.output

@@ -10,9 +10,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from amil_fast.mil.training import PAPER_SETTINGS, BagClassifiers, area_under_roc
 
 from amil_fast.mil.bag_files import check_bag_data
-from amil_fast.mil.training import PAPER_SETTINGS, BagClassifiers, area_under_roc
 from amil_fast.nn import POOLINGS
 
 _FEATURES = 6

@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from amil_fast.mil.bag_files import check_bag_data, load_bags
-from amil_fast.mil.training import (
-    LOSSES,
-    PAPER_SETTINGS,
-    BagClassifiers,
-    MilSettings,
-    area_under_roc,
-    bend,
-    cross_validate,
-    pack,
-)
+from amil_fast.mil.classifiers import BagClassifiers, pack_members, soft_clip
+from amil_fast.mil.cross_validation import area_under_roc, cross_validate
+from amil_fast.mil.settings import LOSSES, PAPER_SETTINGS, MilSettings
 from amil_fast.nn import POOLINGS, MIRNet, level_loss
 from tests.helpers import SHARED
 from tests.mil.helpers import easy_bags
@@ -32,7 +25,7 @@ MUSK1 = SHARED / "data" / "mil" / "musk1.npz"
 def test_pack():
     data = easy_bags(6)
     bags = np.array([[2, 0, 5], [4, -1, -1], [-1, 3, 1]])
-    rows, cu_seqlens = pack(data, bags)
+    rows, cu_seqlens = pack_members(data, bags)
     assert rows.shape[1] == cu_seqlens[:, -1].max()
     for member in range(3):
         for place, bag in enumerate(bags[member]):
@@ -193,7 +186,7 @@ def test_result_is_what_it_says():
 def test_bend():
     x = torch.tensor([-1e12, -5.0, -1.0, 0.0, 2.5, 30.0, 1e12])
     expected = torch.tensor([-5.0, -5 * 2**-0.25, -((1 + 5**-4) ** -0.25), 0.0, 2.5 * (17 / 16) ** -0.25, 4.99904, 5.0])
-    assert torch.allclose(bend(x, 5.0), expected, rtol=1e-5)
+    assert torch.allclose(soft_clip(x, 5.0), expected, rtol=1e-5)
 
 
 def test_area_under_roc():

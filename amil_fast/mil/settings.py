@@ -1,0 +1,107 @@
+"""Settings of a bag classifier and its training."""
+
+from dataclasses import dataclass
+
+from amil_fast.nn import POOLINGS
+
+SCHEDULES = ("constant", "cosine")  # cosine: linear warm-up over a twentieth of the steps, then half a cosine to 0
+# bce: cross-entropy of every level's score; margin: Eq. 6 on the lengths of the pooled vectors, which then are the
+# probabilities; bce+margin: their sum, with scores from the heads; mil: bag and instance loss (Eq. 10-17).
+LOSSES = ("bce", "margin", "bce+margin", "mil")
+
+
+@dataclass(frozen=True)
+class MilSettings:
+    """Architecture and training of a bag classifier, the same for every fold.
+
+    The defaults are the recipe of ``docs/mil_study.md``; :data:`PAPER_SETTINGS` are those of the paper.
+
+    Attributes:
+        pooling: name in :data:`amil_fast.nn.POOLINGS`.
+        num_iters: iterations of adjust pooling.
+        hidden: width of every layer.
+        depth: number of layers, each followed by the pooling.
+        residual: sum the bag vectors over the levels.
+        deep_supervision: score every level instead of the last one only.
+        instance_norm: length to which instance embeddings are scaled before pooling; 0: not scaled.
+        instance_scale: factor on the embeddings before pooling.
+        bag_scale: factor on the pooled vectors.
+        input_dropout: dropout probability of the features.
+        dropout: dropout probability of the hidden units.
+        soft_clip: bound c > 0 toward which standardized features are compressed (:func:`soft_clip`); 0: off.
+        kernel_weight: weight of a set kernel's probability beside the network's, in [0, 1]. 0.75 is the most accurate
+            setting on the benchmark sets; it hides differences between poolings, and does not respect the
+            multiple-instance assumption.
+        loss: one of :data:`LOSSES`.
+        epochs: passes over the training part; the last epoch's model is used.
+        batch_size: bags per step.
+        lr: learning rate of Adam.
+        schedule: one of :data:`SCHEDULES`.
+        weight_decay: weight decay of Adam.
+        ensemble: networks per fold whose probabilities are averaged.
+        seed: seed of weights, batch order and dropout.
+        backend: backend of adjust pooling.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    pooling: str = "adjust"
+    num_iters: int = 3
+    hidden: int = 128
+    depth: int = 3
+    residual: bool = True
+    deep_supervision: bool = True
+    instance_norm: float = 0.0
+    instance_scale: float = 0.1
+    bag_scale: float = 10.0
+    input_dropout: float = 0.0
+    dropout: float = 0.0
+    soft_clip: float = 3.0
+    kernel_weight: float = 0.0
+    loss: str = "bce"
+    epochs: int = 30
+    batch_size: int = 8
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    weight_decay: float = 5e-3
+    ensemble: int = 1
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        for name in ("num_iters", "hidden", "depth", "epochs", "batch_size", "ensemble"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("lr", "instance_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("weight_decay", "instance_norm", "soft_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.kernel_weight <= 1:
+            raise ValueError(f"kernel_weight: expected a number in [0, 1], got {self.kernel_weight}")
+        for name in ("input_dropout", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+
+
+PAPER_SETTINGS = MilSettings(
+    instance_norm=0,
+    instance_scale=1,
+    bag_scale=1,
+    input_dropout=0,
+    dropout=0,
+    soft_clip=0,
+    kernel_weight=0,
+    loss="bce",
+    epochs=40,
+    schedule="constant",
+    ensemble=1,
+)
