@@ -1,4 +1,4 @@
-"""Every loader on small files in the published layouts, and what it says about bad ones."""
+"""Data set loaders on small files in the published layouts, and their errors for invalid files."""
 
 import json
 
@@ -13,6 +13,7 @@ from amil_fast.pose.data import (
     PoseDataset,
     VideoFrames,
     VideoPeople,
+    find_inputs,
     find_ucf11,
     load,
     load_coco,
@@ -23,7 +24,6 @@ from amil_fast.pose.data import (
     load_mpii_mat,
 )
 from amil_fast.pose.data.files import image_size, read_image, safe_path
-from amil_fast.pose.data.video import find_inputs
 from amil_fast.pose.skeletons import MPII16
 from tests.helpers import SHARED
 from tests.pose import layouts as make
@@ -32,7 +32,7 @@ DATA = SHARED / "data"
 
 
 def needs(folder):
-    return pytest.mark.skipif(not (DATA / folder).exists(), reason=f"{DATA / folder} is not here")
+    return pytest.mark.skipif(not (DATA / folder).exists(), reason=f"{DATA / folder} not found")
 
 
 # Leeds Sports Pose
@@ -49,7 +49,7 @@ def test_lsp(tmp_path):
     assert len(load_lsp(tmp_path, "all")) == 6
 
 
-def test_lspet_joints_without_annotation_are_gone(tmp_path):
+def test_lspet_joints_without_annotation_are_nan(tmp_path):
     joints, annotated = make.lspet(tmp_path)
     people = load_lspet(tmp_path, "all")
     assert people.images[1] == "images/im00002.jpg"
@@ -58,7 +58,7 @@ def test_lspet_joints_without_annotation_are_gone(tmp_path):
     assert np.isnan(people.joints[~annotated]).all()
     sample = PoseDataset(people, 64)[0]
     assert (sample["joints"][~annotated[0]] == 0).all() and (sample["image_joints"][~annotated[0]] == 0).all()
-    with pytest.raises(DataError, match="6 entries; the last 500 are for validation"):
+    with pytest.raises(DataError, match="expected more than the 500 validation entries, got 6"):
         load_lspet(tmp_path, "train")
 
 
@@ -68,7 +68,7 @@ def test_splits_of_lspet(tmp_path):
     assert train.ids == list(range(1, 21)) and val.ids == list(range(21, 521))
 
 
-def test_crops_of_whole_images_know_nothing_of_the_joints(tmp_path):
+def test_crops_of_whole_images_do_not_depend_on_the_joints(tmp_path):
     make.lspet(tmp_path)
     first = PoseDataset(load_lspet(tmp_path, "all"), 64)[2]
     content = loadmat(tmp_path / "joints.mat")["joints"]
@@ -83,9 +83,9 @@ def test_crops_of_whole_images_know_nothing_of_the_joints(tmp_path):
 
 
 @pytest.mark.parametrize(("write", "load"), [(make.lsp, load_lspet), (make.lspet, load_lsp)])
-def test_the_two_axis_orders_are_told_apart(tmp_path, write, load):
+def test_the_layout_of_the_other_data_set_is_rejected(tmp_path, write, load):
     write(tmp_path)
-    with pytest.raises(DataError, match=r"joints.mat: joints: expected .* x images, got .* \(the order of LSP"):
+    with pytest.raises(DataError, match=r"joints.mat: joints: expected .* x images, got .* \(the layout of LSP"):
         load(tmp_path)
 
 
@@ -224,7 +224,7 @@ def test_boxes_by_row(tmp_path):
         ('{"a.jpg": [[1, 2, 3]]}', r"'a.jpg', box 0: expected \[x, y, width, height\]"),
         ('{"a.jpg": 3}', "'a.jpg', box 0"),
         ('[{"bbox": [1, 2, 3, 4]}]', "row 0: expected bbox and file_name or image_id"),
-        ('[{"file_name": "a", "bbox": [1, 2, -3, 4]}]', "row 0: expected .* both above 0"),
+        ('[{"file_name": "a", "bbox": [1, 2, -3, 4]}]', "row 0: expected .* with positive width and height"),
         ("7", "expected an object or a list, got int"),
         ("{", "expected a JSON file"),
     ],
@@ -274,7 +274,7 @@ def test_truncated_video(tmp_path):
     assert 5 < read < 20
     assert frames.missing + read == frames.expected or frames.expected <= read
     path.write_bytes(data[:40])
-    with pytest.raises(DataError, match=r"clip.avi: expected a video, it can't be opened"):
+    with pytest.raises(DataError, match=r"clip.avi: expected a video, cannot be opened"):
         VideoFrames(path)
 
 
@@ -294,18 +294,18 @@ def test_ucf11(tmp_path):
 def test_inputs(tmp_path):
     make.picture(tmp_path / "b.jpg", 20, 20)
     make.picture(tmp_path / "deep/a.PNG", 20, 20)
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes.txt").write_text("not an image")
     assert [name.as_posix() for _, name in find_inputs([tmp_path])] == ["b.jpg", "deep/a.PNG"]
     with pytest.raises(DataError, match=r"notes.txt: expected an image or a video"):
         find_inputs([tmp_path / "notes.txt"])
-    with pytest.raises(DataError, match=r"c.jpg: there is no such file"):
+    with pytest.raises(DataError, match=r"c.jpg: no such file"):
         find_inputs([tmp_path / "c.jpg"])
 
 
 # Splits
 
 
-def test_folds_keep_photographs_together(tmp_path):
+def test_folds_do_not_separate_people_of_one_image(tmp_path):
     make.mpii_rows(tmp_path, S=12)
     people = load_mpii(tmp_path, "valid")
     seen = []
@@ -325,14 +325,14 @@ def test_folds_keep_photographs_together(tmp_path):
 
 
 def damage(root, kind):
-    """Spoils entry 1 of a small LSPET."""
+    """Damages entry 1 of a small LSPET."""
     image = root / "images/im00002.jpg"
     if kind == "missing":
-        (root / "images/im99999.jpg").write_bytes(image.read_bytes())  # the count is right
+        (root / "images/im99999.jpg").write_bytes(image.read_bytes())  # the number of files is unchanged
         image.unlink()
     elif kind == "truncated":
         make.truncate(image)
-    elif kind == "no image":
+    elif kind == "not an image":
         image.write_text("this is text")
     elif kind == "empty":
         image.write_bytes(b"")
@@ -349,9 +349,9 @@ def damage(root, kind):
 @pytest.mark.parametrize(
     ("kind", "message", "left"),
     [
-        ("missing", r"joints.mat: entry 1: .*im00002.jpg: there is no such image", 5),
+        ("missing", r"joints.mat: entry 1: .*im00002.jpg: no such image", 5),
         ("truncated", r"joints.mat: entry 1: .*im00002.jpg: (truncated JPEG|expected an image)", 5),
-        ("no image", r"joints.mat: entry 1: .*im00002.jpg: expected an image", 5),
+        ("not an image", r"joints.mat: entry 1: .*im00002.jpg: expected an image", 5),
         ("empty", r"joints.mat: entry 1: .*im00002.jpg: expected an image", 5),
         ("outside", r"joints.mat: entry 1, joint 4 \(left knee\): \(500, 20\) lies outside the image of 80 x 60", 6),
         ("nan", r"joints.mat: entry 1, joint 4 \(left knee\): \(nan, 20\) lies outside", 6),
@@ -372,17 +372,17 @@ def test_bad_entries(tmp_path, kind, message, left):
         PoseDataset(people, 32)[i]
 
 
-def test_counts_that_disagree(tmp_path):
+def test_number_of_images_differs_from_entries(tmp_path):
     make.lsp(tmp_path)
     (tmp_path / "images/im0006.jpg").unlink()
-    with pytest.raises(DataError, match=r"joints.mat: it has 6 entries, but .*images holds 5 files"):
+    with pytest.raises(DataError, match=r"joints.mat: 6 entries, but .*images contains 5 files"):
         load_lsp(tmp_path, "train")
     people = load_lsp(tmp_path, "test", skip_bad=True)
     assert len(people) == 2 and len(people.left_out) == 2  # the count, and the image itself
 
 
-def test_an_image_that_breaks_later(tmp_path):
-    """Whatever happened to the file since it was checked, the error names it."""
+def test_image_damaged_after_loading(tmp_path):
+    """The error names the file."""
     make.lspet(tmp_path)
     people = load_lspet(tmp_path, "all")
     make.truncate(tmp_path / "images/im00003.jpg")
@@ -393,7 +393,7 @@ def test_an_image_that_breaks_later(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../secret.jpg", "/etc/passwd", "a/../../b.jpg", "C:\\x.jpg", "\\\\host\\x", "", "a\0b", 7]
 )
-def test_paths_that_leave_the_data_set(tmp_path, name):
+def test_paths_outside_the_data_set(tmp_path, name):
     rows = make.mpii_rows(tmp_path)
     rows[2]["image"] = name
     (tmp_path / "annot/valid.json").write_text(json.dumps(rows))
@@ -405,7 +405,7 @@ def test_paths_that_leave_the_data_set(tmp_path, name):
         safe_path(tmp_path, name)
 
 
-def test_names_that_only_look_odd(tmp_path):
+def test_unusual_names_inside_the_data_set(tmp_path):
     assert safe_path(tmp_path, "a/b..c/..d.jpg") == tmp_path / "a/b..c/..d.jpg"
 
 
@@ -414,7 +414,7 @@ def test_names_that_only_look_odd(tmp_path):
     [
         ({"center": None}, "entry 1"),
         ({"joints": [[1, 2]]}, r"entry 1: expected center \(2,\), joints \(16, 2\)"),
-        ({"scale": -1}, "entry 1: expected a center and a scale above 0"),
+        ({"scale": -1}, "entry 1: expected a finite center and a positive scale"),
         ({"scale": "big"}, "entry 1: could not convert"),
         (None, "entry 1: 'image' is missing"),
         (3, "entry 1"),
@@ -439,8 +439,8 @@ def test_bad_coco_rows(tmp_path):
     path = tmp_path / "annotations/person_keypoints_val2017.json"
     for change, message in (
         ({"keypoints": [1, 2, 2]}, "expected 51 numbers as keypoints"),
-        ({"image_id": 99}, "its image_id 99 is not among the images"),
-        ({"bbox": [1, 2, 0, 4]}, "expected a bbox"),
+        ({"image_id": 99}, "image_id 99 is not among the images"),
+        ({"bbox": [1, 2, 0, 4]}, "expected a bbox with positive width and height"),
     ):
         bad = json.loads(json.dumps(content))
         bad["annotations"][3] |= change
@@ -451,7 +451,7 @@ def test_bad_coco_rows(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"{not json", b"\xff\xfe\x00", b"", b"[" * 100_000])
-def test_no_json(tmp_path, content):
+def test_invalid_json(tmp_path, content):
     make.mpii_rows(tmp_path)
     (tmp_path / "annot/valid.json").write_bytes(content)
     with pytest.raises(DataError, match=r"valid.json: expected a JSON file"):
@@ -461,8 +461,8 @@ def test_no_json(tmp_path, content):
         load_mpii(tmp_path, "valid")
 
 
-def test_no_mat(tmp_path):
-    with pytest.raises(DataError, match=r"joints.mat: there is no such file"):
+def test_invalid_mat(tmp_path):
+    with pytest.raises(DataError, match=r"joints.mat: no such file"):
         load_lsp(tmp_path)
     for content in (b"", b"no matlab", b"\x00" * 200):
         (tmp_path / "joints.mat").write_bytes(content)
@@ -473,7 +473,7 @@ def test_no_mat(tmp_path):
         load_lsp(tmp_path)
 
 
-def test_head_boxes_that_do_not_fit(tmp_path):
+def test_number_of_head_boxes_differs_from_people(tmp_path):
     rows = make.mpii_rows(tmp_path)
     make.mpii_gt(tmp_path / "annot/gt_valid.mat", rows[:3])
     with pytest.raises(DataError, match=r"gt_valid.mat: 3 head boxes, but .*valid.json has 4 people"):
@@ -492,26 +492,26 @@ def test_names_of_splits_and_data_sets(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_truncated_images_are_noticed(tmp_path, suffix):
+def test_truncated_images_are_detected(tmp_path, suffix):
     path = make.picture(tmp_path / f"a{suffix}", 64, 48)
     assert image_size(path) == (64, 48)
     data = path.read_bytes()
     for share in (0.995, 0.7, 0.3, 0.05, 0):
         path.write_bytes(data[: int(len(data) * share)])
-        for look in (image_size, read_image):
+        for read in (image_size, read_image):
             with pytest.raises(DataError, match=rf"a{suffix}: (truncated|expected an image)"):
-                look(path)
+                read(path)
     path.unlink()
-    for look in (image_size, read_image):
-        with pytest.raises(DataError, match=rf"a{suffix}: there is no such image"):
-            look(path)
+    for read in (image_size, read_image):
+        with pytest.raises(DataError, match=rf"a{suffix}: no such image"):
+            read(path)
     if suffix == ".jpg":
-        path.write_bytes(data + b"trailing bytes that some cameras leave")
+        path.write_bytes(data + b"trailing bytes as some cameras append")
         assert image_size(path) == (64, 48)
 
 
-def test_reduced_decoding_keeps_places(tmp_path):
-    """A JPEG decoded at 1/4 of its size gives the same crop, to a fraction of a pixel."""
+def test_reduced_decoding_introduces_no_shift(tmp_path):
+    """A JPEG decoded at 1/4 of its size gives the same crop within a fraction of a pixel."""
     import cv2
 
     rng = np.random.default_rng(0)
@@ -525,4 +525,4 @@ def test_reduced_decoding_keeps_places(tmp_path):
     inside = (slice(None), slice(24, -24), slice(8, -8))
     assert (jpeg - png).abs()[inside].mean() < 1.0
     shifted = (jpeg[:, :, 1:] - png[:, :, :-1]).abs()[:, 24:-24, 8:-8].mean()
-    assert shifted > 2 * (jpeg - png).abs()[inside].mean()  # a shift would be seen
+    assert shifted > 2 * (jpeg - png).abs()[inside].mean()  # the difference that a shift by one pixel causes
