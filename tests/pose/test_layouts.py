@@ -375,7 +375,7 @@ def test_bad_entries(tmp_path, kind, message, left):
 def test_number_of_images_differs_from_entries(tmp_path):
     make.lsp(tmp_path)
     (tmp_path / "images/im0006.jpg").unlink()
-    with pytest.raises(DataError, match=r"joints.mat: 6 entries, but .*images contains 5 files"):
+    with pytest.raises(DataError, match=r"joints.mat: 6 entries, but .*images holds 5 files"):
         load_lsp(tmp_path, "train")
     people = load_lsp(tmp_path, "test", skip_bad=True)
     assert len(people) == 2 and len(people.left_out) == 2  # the count, and the image itself

@@ -101,7 +101,7 @@ def _load(root, split, splits, crop, skip_bad, check_images, *, axes, digits, re
     problems = Problems(skip_bad)
     files = len(list((root / "images").glob("im*.jpg")))
     if check_images and files != S:
-        problems.report(source, "", f"{S} entries, but {root / 'images'} contains {files} files im*.jpg")
+        problems.report(source, "", f"{S} entries, but {root / 'images'} holds {files} files im*.jpg")
 
     images = [f"images/im{i + 1:0{digits}d}.jpg" for i in range(S)]
     boxes = np.full((S, 4), np.nan)
