@@ -1,4 +1,4 @@
-"""Human poses: skeletons, the networks that estimate them, and everything around their training and use."""
+"""Human pose estimation: skeletons, networks, losses; data, training, inference and evaluation in the subpackages."""
 
 from amil_fast.pose.models.discriminator import PoseDiscriminator, error_map
 from amil_fast.pose.models.generator import PoseGenerator, PoseOutput
@@ -10,8 +10,12 @@ from amil_fast.pose.models.losses import (
     region_cross_entropy,
     region_loss,
 )
+from amil_fast.pose.skeletons import SKELETONS, Skeleton, get_skeleton
 
 __all__ = [
+    "SKELETONS",
+    "Skeleton",
+    "get_skeleton",
     "PoseGenerator",
     "PoseOutput",
     "PoseDiscriminator",

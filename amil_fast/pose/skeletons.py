@@ -1,14 +1,17 @@
-"""What a skeleton's joints are: names, mirror pairs, limbs, colors, and how it is scored.
+"""Skeletons: joint names, flip pairs, limbs, colors and scoring groups.
 
-This is the only place that knows one joint from another. Data sets, metrics and drawing take a :class:`Skeleton`; a new
-joint set is one more entry of :data:`SKELETONS`.
+Data sets, metrics and drawing take a :class:`Skeleton`; nothing else in the package depends on the meaning of a joint.
+:data:`SKELETONS` holds the built-in ones.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
-# The paper's colors (Fig. 1 and 4), RGB: (upper limb, lower limb) of a side, the head and the neck.
+# RGB colors of Fig. 1 and 4 of the publication: (upper, lower) limb of each side, head, neck.
 _PURPLE, _RED, _GRAY = (142, 36, 190), (224, 32, 44), (196, 196, 204)
 _LIMB_COLORS = {
     ("right", "arm"): ((20, 60, 210), (64, 146, 255)),
@@ -31,19 +34,24 @@ class Skeleton:
     """A set of K joints.
 
     Attributes:
-        name: the key in :data:`SKELETONS`.
-        joints: K names; left and right are the person's own.
-        short_names: K names of at most five letters, for tables and axes (MPII's own where they exist).
-        limbs: pairs of joint indices that are drawn as a line.
-        groups: name of a joint group -> its joint indices; a group's score is the plain average over them.
-        scored: joints that count in the mean over joints.
-        normalizer_pairs: name -> pair of joints whose distance is the size of the person in PCK.
-        head_segment: (neck end, top) of the head, or None.
-        head_factor: head size of PCKh = ``head_factor`` x length of the head segment, where no head box is known.
-        derived: joints that the annotators did not click on but computed, which may therefore lie outside the image.
-        flip_pairs, flip_index: pairs ``(a, b)`` of joints that change places in a mirror image, and the same as a
-            permutation of length K. Found from the names.
-        joint_colors, limb_colors: RGB in 0..255.
+        name: the key in :data:`SKELETONS`, or any name of a custom skeleton.
+        joints: K unique names; "left ..." and "right ..." are the person's own sides.
+        short_names: K names of at most five letters for tables and axes (MPII's where they exist).
+        limbs: pairs of joint indices to connect in drawings.
+        groups: name of a joint group -> joint indices; the score of a group is the unweighted mean over its joints.
+        scored: indices of the joints that enter the mean over joints.
+        normalizer_pairs: name -> pair of joint indices whose distance normalizes PCK.
+        head_segment: joint indices (neck end, top) of the head, or None.
+        head_factor: head size of PCKh = ``head_factor`` x length of the head segment, used without a head box.
+        derived: indices of joints that the data set computes from other annotations and that may therefore lie outside
+            the image.
+        flip_pairs: pairs of joint indices that swap in a horizontal flip, derived from the names.
+        flip_index: the same as a permutation of length K.
+        joint_colors: K colors, RGB in 0..255.
+        limb_colors: one color per limb, RGB in 0..255.
+
+    Raises:
+        ValueError: duplicate names, lengths that differ or indices out of range.
     """
 
     name: str
@@ -62,31 +70,68 @@ class Skeleton:
     limb_colors: tuple[tuple[int, int, int], ...] = field(init=False)
 
     def __post_init__(self):
-        index = {name: k for k, name in enumerate(self.joints)}
-        mirror = tuple(index.get(_mirrored_name(name), k) for k, name in enumerate(self.joints))
-        pairs = tuple((k, other) for k, other in enumerate(mirror) if k < other)
-        colors = tuple(_joint_color(name) for name in self.joints)
-        limb_colors = tuple(_limb_color(self.joints[a], self.joints[b]) for a, b in self.limbs)
-        for name, value in (
-            ("flip_index", mirror),
-            ("flip_pairs", pairs),
-            ("joint_colors", colors),
-            ("limb_colors", limb_colors),
-        ):
+        joints = _names("joints", self.joints)
+        short_names = _names("short_names", self.short_names)
+        K = len(joints)
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name: expected a non-empty string, got {self.name!r}")
+        if not K or len(set(joints)) != K:
+            raise ValueError(f"joints: expected unique names, got {joints}")
+        if len(short_names) != K:
+            raise ValueError(f"short_names: expected {K}, one per joint, got {len(short_names)}")
+        if self.head_factor is not None and not (isinstance(self.head_factor, (int, float)) and self.head_factor > 0):
+            raise ValueError(f"head_factor: expected None or a positive number, got {self.head_factor!r}")
+        if not isinstance(self.limbs, Iterable):
+            raise ValueError(f"limbs: expected pairs of joint indices, got {self.limbs!r}")
+        limbs = tuple(_indices("limbs", pair, K, 2) for pair in self.limbs)
+        groups = {name: _indices(f"groups[{name!r}]", value, K) for name, value in _items("groups", self.groups)}
+        pairs = {
+            name: _indices(f"normalizer_pairs[{name!r}]", value, K, 2)
+            for name, value in _items("normalizer_pairs", self.normalizer_pairs)
+        }
+        head = None if self.head_segment is None else _indices("head_segment", self.head_segment, K, 2)
+
+        index = {name: k for k, name in enumerate(joints)}
+        flip_index = tuple(index.get(_flipped_name(name), k) for k, name in enumerate(joints))
+        for name, value in {
+            "joints": joints,
+            "short_names": short_names,
+            "limbs": limbs,
+            "groups": groups,
+            "scored": _indices("scored", self.scored, K),
+            "normalizer_pairs": pairs,
+            "head_segment": head,
+            "derived": _indices("derived", self.derived, K),
+            "flip_index": flip_index,
+            "flip_pairs": tuple((k, other) for k, other in enumerate(flip_index) if k < other),
+            "joint_colors": tuple(_joint_color(name) for name in joints),
+            "limb_colors": tuple(_limb_color(joints[a], joints[b]) for a, b in limbs),
+        }.items():
             object.__setattr__(self, name, value)
 
     def __reduce__(self):
-        # In another process (a worker of a loader) it is again the very object that SKELETONS has there.
+        # Built-in skeletons are compared by identity, so another process gets its own SKELETONS entry.
         if SKELETONS.get(self.name) is self:
             return get_skeleton, (self.name,)
         return super().__reduce__()
 
+    def to_config(self) -> str | dict[str, Any]:
+        """JSON-serializable form for :func:`get_skeleton`.
+
+        Returns:
+            The name of a built-in skeleton, otherwise a dict of the constructor's arguments.
+        """
+        if SKELETONS.get(self.name) is self:
+            return self.name
+        return {item.name: _as_json(getattr(self, item.name)) for item in dataclasses.fields(self) if item.init}
+
     @property
-    def num_joints(self):
+    def num_joints(self) -> int:
+        """K."""
         return len(self.joints)
 
-    def index(self, joint):
-        """Index of a joint given by name or index; ValueError names what there is."""
+    def index(self, joint: str | int) -> int:
+        """Index of a joint given by name or index; raises ValueError for an unknown joint."""
         if isinstance(joint, int):
             if not 0 <= joint < self.num_joints:
                 raise ValueError(f"joint: expected 0 to {self.num_joints - 1} for {self.name}, got {joint}")
@@ -95,8 +140,8 @@ class Skeleton:
             raise ValueError(f"joint: expected one of {', '.join(self.joints)} for {self.name}, got {joint!r}")
         return self.joints.index(joint)
 
-    def normalizer_pair(self, pair):
-        """``pair`` as two joint indices: a name of ``normalizer_pairs``, or two joints by name or index."""
+    def normalizer_pair(self, pair: str | tuple[str | int, str | int]) -> tuple[int, int]:
+        """Joint indices of ``pair``: a key of ``normalizer_pairs``, or two joints by name or index."""
         if isinstance(pair, str):
             if pair not in self.normalizer_pairs:
                 known = ", ".join(map(repr, self.normalizer_pairs)) or "none"
@@ -106,7 +151,38 @@ class Skeleton:
         return self.index(first), self.index(second)
 
 
-def _mirrored_name(name):
+def _names(argument, value):
+    names = () if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{argument}: expected a list of names, got {value!r}")
+    return names
+
+
+def _items(argument, value):
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{argument}: expected a mapping of names, got {value!r}")
+    return value.items()
+
+
+def _indices(argument, value, num_joints, count=None):
+    """``value`` as a tuple of joint indices, of length ``count`` unless that is None."""
+    try:
+        indices = tuple(operator.index(k) for k in value)
+    except TypeError:
+        indices = None
+    if indices is None or len(indices) != (count or len(indices)) or not all(0 <= k < num_joints for k in indices):
+        expected = f"{count} joint indices" if count else "joint indices"
+        raise ValueError(f"{argument}: expected {expected} from 0 to {num_joints - 1}, got {value!r}")
+    return indices
+
+
+def _as_json(value):
+    if isinstance(value, Mapping):
+        return {name: _as_json(item) for name, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _flipped_name(name):
     side, _, rest = name.partition(" ")
     return f"{ {'left': 'right', 'right': 'left'}[side] } {rest}" if side in ("left", "right") else name
 
@@ -123,7 +199,12 @@ def _limb_color(a, b):
     parts = [name.partition(" ")[2] for name in (a, b)]
     side = a.partition(" ")[0]
     kinds = {_PART[part][0] for part in parts if part in _PART}
-    if len(kinds) == 1 and all(part in _PART for part in parts) and a.split()[0] == b.split()[0]:
+    if (
+        len(kinds) == 1
+        and side in ("left", "right")
+        and all(part in _PART for part in parts)
+        and side == b.partition(" ")[0]
+    ):
         return _LIMB_COLORS[side, kinds.pop()][max(_PART[part][1] for part in parts)]
     if not kinds and "pelvis" not in (a, b):
         return _RED if "thorax" in (a, b) else _PURPLE
@@ -132,7 +213,7 @@ def _limb_color(a, b):
     return _GRAY
 
 
-def _skeleton(name, joints, short_names, limbs, head, scored=None, **options):
+def _skeleton(name, joints, short_names, limbs, head, **options):
     joints = tuple(joints.split(", "))
     index = {joint: k for k, joint in enumerate(joints)}
 
@@ -153,7 +234,7 @@ def _skeleton(name, joints, short_names, limbs, head, scored=None, **options):
         limbs=tuple(indices(limb.split("-")) for limb in limbs.split(", ")),
         groups=groups,
         scored=tuple(k for k, joint in enumerate(joints) if joint not in unscored),
-        # "paper" is Eq. 21 of AMIL, "lsp" what the usual LSP toolkit divides by.
+        # "paper" follows Eq. 21 of the AMIL publication, "lsp" the common LSP evaluation toolkit.
         normalizer_pairs={
             "paper": indices(("left hip", "right shoulder")),
             "lsp": indices(("left shoulder", "right hip")),
@@ -188,7 +269,8 @@ MPII16 = _skeleton(
     head=("head top",),
     unscored=("pelvis", "thorax"),
     head_segment=("upper neck", "head top"),
-    # Head size is 0.6 x the head box's diagonal; neck and head top are the box's mid-lines, 0.8 x that diagonal apart.
+    # Head size is 0.6 x the diagonal of the head box; upper neck and head top are derived from that box and lie
+    # 0.8 x the diagonal apart.
     head_factor=0.75,
     derived=("upper neck", "head top"),
 )
@@ -203,13 +285,25 @@ COCO17 = _skeleton(
     head=("nose", "left eye", "right eye", "left ear", "right ear"),
 )
 
-SKELETONS = MappingProxyType({skeleton.name: skeleton for skeleton in (LSP14, MPII16, COCO17)})
+SKELETONS: Mapping[str, Skeleton] = MappingProxyType({skeleton.name: skeleton for skeleton in (LSP14, MPII16, COCO17)})
 
 
-def get_skeleton(name):
-    """The skeleton of that name, or ``name`` itself where it is a :class:`Skeleton`."""
-    if isinstance(name, Skeleton):
-        return name
-    if name not in SKELETONS:
-        raise ValueError(f"skeleton: expected one of {', '.join(map(repr, SKELETONS))}, got {name!r}")
-    return SKELETONS[name]
+def get_skeleton(skeleton: str | Mapping[str, Any] | Skeleton) -> Skeleton:
+    """Skeleton of a name or a definition; a :class:`Skeleton` is returned unchanged.
+
+    Args:
+        skeleton: a key of :data:`SKELETONS`, a mapping as :meth:`Skeleton.to_config` returns, or a Skeleton.
+
+    Raises:
+        ValueError: unknown name, or a mapping that does not define a skeleton.
+    """
+    if isinstance(skeleton, Skeleton):
+        return skeleton
+    if isinstance(skeleton, Mapping):
+        try:
+            return Skeleton(**skeleton)
+        except (TypeError, ValueError) as error:  # TypeError: missing or unknown arguments
+            raise ValueError(f"skeleton: expected the definition of a skeleton: {error}") from None
+    if not isinstance(skeleton, str) or skeleton not in SKELETONS:
+        raise ValueError(f"skeleton: expected one of {', '.join(map(repr, SKELETONS))}, got {skeleton!r}")
+    return SKELETONS[skeleton]

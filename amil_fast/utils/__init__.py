@@ -1,1 +1,1 @@
-"""Helpers without a topic of their own."""
+"""File and checkpoint utilities without dependencies on the rest of the package."""

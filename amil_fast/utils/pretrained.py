@@ -1,48 +1,66 @@
-"""Networks as folders: ``config.json`` with the constructor's arguments, ``model.safetensors`` with the weights."""
+"""Model folders: ``config.json`` with the constructor's arguments, ``model.safetensors`` with the weights."""
 
-import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from amil_fast.utils.files import publish, read_json, write_json
 
 VERSION = 1
 
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
-def save(model, folder, kind, *, dtype=None, notes=None):
-    """Writes ``config.json`` and ``model.safetensors`` into ``folder``; each appears under its name only when whole.
+
+def save(
+    model: torch.nn.Module,
+    folder: str | os.PathLike,
+    kind: str,
+    *,
+    dtype: torch.dtype | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` to ``folder``, each atomically.
 
     Args:
-        model: has ``config``, the JSON-able arguments of its constructor.
-        kind: what the folder is said to hold, for :func:`load` to compare.
-        dtype: of the stored floating-point values; by default as they are.
-        notes: JSON-able, stored beside the arguments.
+        model: has an attribute ``config``, the JSON-serializable arguments of its constructor.
+        folder: created if necessary.
+        kind: identifier of the model class; :func:`load` compares it.
+        dtype: dtype of the stored floating-point tensors; None keeps each tensor's own.
+        notes: JSON-serializable, stored beside the arguments.
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     config = {"format": kind, "version": VERSION, "arguments": model.config}
     if notes:
         config["notes"] = notes
-    partial = folder / ".model.safetensors.partial"
-    save_file(state, partial)
-    os.replace(partial, folder / "model.safetensors")
-    partial = folder / ".config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / "config.json")
+
+    def write(partial: Path) -> None:
+        write_json(partial / "config.json", config)
+        save_file(state, partial / "model.safetensors")
+
+    publish(folder, write)
 
 
-def load(build, path, kind):
-    """What :func:`save` wrote: ``build(**arguments)`` with the weights, float32, in evaluation mode.
+def load(build: Callable[..., _Module], path: str | os.PathLike, kind: str) -> _Module:
+    """Rebuilds a model that :func:`save` wrote.
 
     Args:
+        build: constructor, called as ``build(**arguments)`` with the stored arguments.
         path: the folder, or the file ``model.safetensors`` in it.
+        kind: expected identifier.
+
+    Returns:
+        The model with the stored weights, float32, in evaluation mode.
 
     Raises:
-        ValueError: files that are missing or damaged, of another kind or a newer version, arguments or weights that
-            don't fit.
+        ValueError: missing or damaged files, another kind or a newer version, or arguments and weights that do not
+            match.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -52,29 +70,21 @@ def load(build, path, kind):
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise ValueError(f"{folder}: expected a folder with config.json and model.safetensors, {file} is missing")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        arguments = config["arguments"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: expected the description of a {kind} ({error})") from None
+    source = folder / "config.json"
+    config = read_json(source)
+    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+        raise ValueError(f"{source}: expected a JSON object with 'format', 'version' and 'arguments'")
     if config.get("format") != kind:
-        raise ValueError(f"{folder / 'config.json'}: expected a {kind}, got {config.get('format')!r}")
+        raise ValueError(f"{source}: format: expected {kind!r}, got {config.get('format')!r}")
     if config.get("version", 0) > VERSION:
-        raise ValueError(f"{folder / 'config.json'}: version {config['version']} is newer than this amil_fast")
+        raise ValueError(f"{source}: version: expected at most {VERSION}, got {config['version']}; update amil_fast")
     try:
-        model = build(**arguments)
+        model = build(**config["arguments"])
         state = {
             name: value.float() if value.is_floating_point() else value
             for name, value in load_file(folder / "model.safetensors").items()
         }
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: the files don't make a {kind}: {error}") from None
+        raise ValueError(f"{folder}: expected the files of a model of format {kind!r}: {error}") from None
     return model.eval()
-
-
-def check_sizes(**sizes):
-    """Each ``name=(value, least)``: ValueError unless ``value`` is an int of at least ``least``."""
-    for name, (value, least) in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")

@@ -179,9 +179,9 @@ def test_skip_bad(tmp_path):
         (["evaluate", "--predictions", "a.npy"], "a.npy: it holds no ground truth"),
         (["evaluate", "--predictions", "a.npy", "--dataset", "lsp"], "--dataset needs --root"),
         (["evaluate", "--predictions", "a.npy", "--dataset", "x", "--root", "."], "dataset: expected one of 'lsp'"),
-        (["evaluate", "--predictions", "a.mat"], "a.mat: there is no such file"),
+        (["evaluate", "--predictions", "a.mat"], "a.mat: no such file"),
         (["evaluate", "--predictions", "a.npz", "--pair", "a,b,c"], "pair: expected paper, lsp, or two joints"),
-        (["predict", "nothing.jpg", "--model", COLOR_FINDER], "nothing.jpg: there is no such file"),
+        (["predict", "nothing.jpg", "--model", COLOR_FINDER], "nothing.jpg: no such file"),
         (["predict", "nothing.jpg", "--checkpoint", "x.pth"], "hold pickles"),
         (
             ["predict", "a.jpg", "--model", COLOR_FINDER, "--refine", "best"],
@@ -193,10 +193,10 @@ def test_skip_bad(tmp_path):
         ),
         (["pack", "a.pack"], "expected --dataset and --root"),
         (["pack", "a.pack", "--dataset", "coco", "--root", ".", "--crop", "image"], "--crop is for lsp and lspet"),
-        (["pack", "a.pack", "--dataset", "lsp", "--root", "."], "joints.mat: there is no such file"),
+        (["pack", "a.pack", "--dataset", "lsp", "--root", "."], "joints.mat: no such file"),
         (["show", "a.png"], "expected one of --dataset, --archive and --synthetic"),
         (["show", "a.gif", "--synthetic"], "a.gif: expected a .jpg or .png file"),
-        (["show", "a.png", "--archive", "no.pack"], "no.pack: there is no such file"),
+        (["show", "a.png", "--archive", "no.pack"], "no.pack: no such file"),
     ],
 )
 def test_errors_are_one_message(tmp_path, monkeypatch, arguments, message):

@@ -1,4 +1,4 @@
-"""Small pose data sets in the layouts the real ones are published in, for tests."""
+"""Small synthetic pose data sets in the published layouts."""
 
 import json
 
@@ -8,7 +8,7 @@ from scipy.io import savemat
 
 
 def picture(path, width, height, seed=0):
-    """A smooth picture of that size."""
+    """Writes a smooth random image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 255, (4, 5, 3)).astype(np.uint8)
     cv2.imwrite(str(path), cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
@@ -24,7 +24,7 @@ def _joints(rng, S, K, width, height):
 
 
 def lsp(root, S=6, width=80, height=60):
-    """Returns joints ``(S, 14, 2)`` and hidden ``(S, 14)``."""
+    """Returns joints ``(S, 14, 2)`` and occluded ``(S, 14)``."""
     rng = np.random.default_rng(1)
     joints, hidden = _joints(rng, S, 14, width, height), rng.random((S, 14)) < 0.3
     for i in range(S):
@@ -34,7 +34,7 @@ def lsp(root, S=6, width=80, height=60):
 
 
 def lspet(root, S=6, width=80, height=60):
-    """Returns joints ``(S, 14, 2)`` and annotated ``(S, 14)``; the others are (0, -10), which means nothing."""
+    """Returns joints ``(S, 14, 2)`` and annotated ``(S, 14)``; the others are (0, -10), an arbitrary position."""
     rng = np.random.default_rng(2)
     joints, annotated = _joints(rng, S, 14, width, height), rng.random((S, 14)) < 0.8
     joints[~annotated] = (0, -10)
@@ -45,7 +45,7 @@ def lspet(root, S=6, width=80, height=60):
 
 
 def mpii_rows(root, S=4, width=400, height=300, split="valid"):
-    """HRNet's JSON. Returns the rows; all of the last person's wrists are unannotated."""
+    """HRNet's JSON file. Returns its rows; the wrists of the last person are not annotated."""
     rng = np.random.default_rng(3)
     rows = []
     for i in range(S):
@@ -70,7 +70,7 @@ def mpii_rows(root, S=4, width=400, height=300, split="valid"):
 
 
 def mpii_gt(path, rows):
-    """``gt_valid.mat`` for these rows. Returns head boxes ``(S, 4)``."""
+    """``gt_valid.mat`` for ``rows``. Returns head boxes ``(S, 4)``."""
     rng = np.random.default_rng(4)
     S = len(rows)
     corners = rng.uniform(20, 80, (S, 2, 2)) + np.array([[0, 0], [40, 50]])
@@ -93,7 +93,7 @@ def _struct(**fields):
 
 
 def _structs(rows):
-    """A list of dicts as a MATLAB array of structures."""
+    """MATLAB array of structures from a list of dicts."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     result = np.empty((1, len(rows)), dtype=[(name, object) for name in names])
     for i, row in enumerate(rows):
@@ -103,7 +103,7 @@ def _structs(rows):
 
 
 def mpii_mat(root, rows):
-    """The official MATLAB file with the people of the rows, all in training images, and one test image."""
+    """The official MATLAB file: the people of ``rows`` in training images, and one test image."""
     images = {}
     for row in rows:
         points = [
@@ -121,7 +121,7 @@ def mpii_mat(root, rows):
             "objpos": _struct(x=row["center"][0], y=row["center"][1]),
         }
         images.setdefault(row["image"], []).append(rect)
-    # someone of a crowd, without place and scale, and a test image with someone who has no points
+    # A person in a crowd, without position and scale, and a test image with a person without points.
     next(iter(images.values())).append({"x1": 1.0})
     test = {"scale": 2.0, "objpos": _struct(x=50.0, y=40.0)}
     picture(root / "images/test.jpg", 120, 90)
@@ -135,7 +135,7 @@ def mpii_mat(root, rows):
 
 
 def coco(root, split="val2017"):
-    """Two images, three people with joints, a crowd and someone without joints. Returns the content."""
+    """Two images, three people with joints, a crowd and a person without joints. Returns the content."""
     rng = np.random.default_rng(5)
     images = [{"id": 7, "file_name": "000000000007.jpg"}, {"id": 39, "file_name": "000000000039.jpg"}]
     for image in images:
@@ -166,11 +166,11 @@ def coco(root, split="val2017"):
 
 
 def video(path, frames=12, width=96, height=64, rate=10):
-    """A video whose frames get brighter."""
+    """Writes a video whose frames become brighter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = {".avi": "MJPG", ".mpg": "MPG1"}.get(path.suffix, "mp4v")
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), rate, (width, height))
-    assert writer.isOpened(), f"OpenCV can't write {path.suffix}"
+    assert writer.isOpened(), f"OpenCV cannot write {path.suffix}"
     for number in range(frames):
         frame = np.full((height, width, 3), min(10 + 15 * number, 250), np.uint8)
         frame[: height // 2] //= 2

@@ -1,4 +1,4 @@
-"""Crops, augmentation and loaders: joints stay on what they mark, and the same numbers come out whoever asks."""
+"""Codec, crops, augmentation and loaders: joints stay aligned with the image, and samples are reproducible."""
 
 import dataclasses
 
@@ -8,7 +8,18 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from amil_fast.pose.codec import compose, crop_matrix, heatmap_to_image, invert, joints_box, resampling, transform
+from amil_fast import decode_heatmaps
+from amil_fast.pose.codec import (
+    STRIDE,
+    compose,
+    crop_matrix,
+    encode_targets,
+    heatmap_to_image,
+    invert,
+    joints_box,
+    resampling,
+    transform,
+)
 from amil_fast.pose.data import (
     Augmentation,
     PoseDataset,
@@ -21,13 +32,13 @@ from amil_fast.pose.data.augment import SPORTS, color_matrix, warp_batch, warp_c
 from amil_fast.pose.skeletons import LSP14
 from tests.pose import layouts as make
 
-# One color per joint (BGR), far enough apart to be told from each other after interpolation.
+# One color per joint (BGR), distinguishable after interpolation.
 COLORS = np.array([[40 + 100 * (k % 3), 40 + 100 * (k // 3 % 3), 40 + 100 * (k // 9)] for k in range(14)])
 
 
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory):
-    """An LSP of 4 images in which each joint is a dot of its own color on black."""
+    """LSP layout with 4 images in which each joint is a dot of its own color on black."""
     root = tmp_path_factory.mktemp("painted")
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
@@ -47,7 +58,7 @@ def painted(tmp_path_factory):
 
 
 def seen_joints(sample):
-    """Which joint's dot lies at each joint's place, by color; -1 outside the crop."""
+    """Index of the joint whose dot is at each joint's coordinates, by color; -1 outside the crop."""
     image = sample["image"].numpy().astype(int)[::-1]  # BGR
     S = image.shape[-1]
     seen = []
@@ -71,13 +82,13 @@ def test_joints_stay_on_their_dots(painted):
         for index in range(4):
             sample = dataset[epoch, index]
             flips += int(sample["flipped"])
-            # In a mirror image the dot of the right wrist is where the person's left wrist appears to be.
+            # In a flipped crop the dot of the right wrist is at the coordinates of the left wrist.
             expected = list(LSP14.flip_index) if sample["flipped"] else list(range(14))
             for k, joint in enumerate(seen_joints(sample)):
                 if joint >= 0:
                     assert joint == expected[k], (epoch, index, LSP14.joints[k])
                     checked += 1
-            # and the matrix takes it back to the image
+            # The matrix maps them to the image.
             back = transform(sample["to_image"].double().numpy(), sample["joints"].double().numpy())
             np.testing.assert_allclose(back, people.joints[index][expected], atol=2e-3)
     assert 10 < flips < 38 and checked > 500
@@ -95,7 +106,7 @@ def test_unaugmented_crop_shows_the_whole_image(painted):
 
 
 def test_directions():
-    """Rotation is clockwise as seen, shift moves the person right and down, scale makes it larger."""
+    """Rotation is clockwise as displayed, shift moves the person right and down, scale enlarges it."""
     box, size = (0, 0, 100, 100), 50
 
     def appears(point, **geometry):
@@ -127,18 +138,72 @@ def test_matrices():
     assert joints_box(np.zeros((2, 2)), [False, False]) is None
 
 
-def test_mirrored_heatmaps_need_no_shift():
-    """Mirroring crop and heatmap commutes with the map between them: that's why pixels are areas."""
+def test_encoding_and_its_inverse():
+    """heatmap_to_image inverts the coordinate map of encode_targets exactly."""
+    rng = np.random.default_rng(3)
+    size = 64
+    to_image = crop_matrix((20, 10, 80, 60), size, rotation=25)
+    for u, v in ((0, 0), (5, 11), (15, 15)):  # pixel centers, where a Gaussian has its maximum 1
+        in_crop = transform(heatmap_to_image(np.eye(2, 3), STRIDE), np.array([u, v]))
+        targets = encode_targets(
+            torch.from_numpy(in_crop)[None, None], size, heatmap_std=1.0, visible=torch.ones(1, 1, dtype=torch.bool)
+        )
+        assert targets.shape == (1, 1, size // STRIDE, size // STRIDE) and targets[0, 0, v, u] == 1
+        assert targets.flatten().argmax() == v * size // STRIDE + u
+    # A crop's outer corners are those of its heatmaps.
+    corners = np.array([[-0.5, -0.5], [size / STRIDE - 0.5, size / STRIDE - 0.5]])
+    np.testing.assert_allclose(
+        transform(heatmap_to_image(to_image, STRIDE), corners), transform(to_image, corners * STRIDE + (STRIDE - 1) / 2)
+    )
+    np.testing.assert_allclose(corners * STRIDE + (STRIDE - 1) / 2, [[-0.5, -0.5], [size - 0.5, size - 0.5]])
+    points = rng.uniform(0, 64, (5, 2))
+    np.testing.assert_allclose(
+        transform(heatmap_to_image(to_image, STRIDE), (points - (STRIDE - 1) / 2) / STRIDE), transform(to_image, points)
+    )
+
+
+def test_joints_survive_encoding_and_decoding():
+    """Image -> crop -> heatmaps -> decode_heatmaps -> image, with rotated, enlarged and flipped crops."""
+    rng = np.random.default_rng(0)
+    size = 128
+    in_crop = rng.uniform(16, size - 17, (3, 14, 2))  # Gaussians inside the heatmaps
+    to_image = np.stack(
+        [
+            crop_matrix(
+                (20 + i, 10, 80, 60 + 40 * i),
+                size,
+                margin=1.25,
+                scale=1.1,
+                rotation=25 * i,
+                shift=(0.05, -0.02),
+                flip=f,
+            )
+            for i, f in enumerate((False, True, False))
+        ]
+    )
+    targets = encode_targets(
+        torch.from_numpy(in_crop), size, heatmap_std=2.0, visible=torch.ones(3, 14, dtype=torch.bool)
+    )
+    affine = torch.from_numpy(heatmap_to_image(to_image, STRIDE)).float()
+    found, scores = decode_heatmaps(targets, refine="dark", affine=affine)
+    expected = np.stack([transform(matrix, points) for matrix, points in zip(to_image, in_crop, strict=True)])
+    # 0.1 image pixels; an error of half a heatmap pixel would be about 2.
+    np.testing.assert_allclose(found.numpy(), expected, atol=0.1)
+    assert scores.min() > 0.8
+
+
+def test_flipped_heatmaps_need_no_shift():
+    """Flipping commutes with the map between crop and heatmap, because pixels are areas."""
     matrix = crop_matrix((0, 0, 64, 64), 64)
-    mirrored = crop_matrix((0, 0, 64, 64), 64, flip=True)
+    flipped = crop_matrix((0, 0, 64, 64), 64, flip=True)
     point = np.array([3.0, 5.0])  # of a heatmap of 16 x 16
     np.testing.assert_allclose(
-        transform(heatmap_to_image(mirrored, 4), np.array([15 - point[0], point[1]])),
+        transform(heatmap_to_image(flipped, 4), np.array([15 - point[0], point[1]])),
         transform(heatmap_to_image(matrix, 4), point),
     )
 
 
-def test_numbers_depend_on_seed_epoch_and_index_only():
+def test_parameters_depend_on_seed_epoch_and_index_only():
     first = SPORTS.draw(1, 2, 3)
     again = SPORTS.draw(1, 2, 3)
     assert first[0] == again[0] and (first[1] == again[1]).all()
@@ -174,7 +239,7 @@ def read_all(dataset, workers, batch_size, epochs=2):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_any_number_of_workers_gives_the_same_batches(tmp_path):
+def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     make.lspet(tmp_path, S=11)
     dataset = PoseDataset(load_lspet(tmp_path, "all"), 48, augmentation=SPORTS, seed=9)
     alone = read_all(dataset, 0, 4)
@@ -184,7 +249,7 @@ def test_any_number_of_workers_gives_the_same_batches(tmp_path):
         for one, other in zip(read_all(dataset, workers, batch_size), alone, strict=True):
             for name in one:
                 assert torch.equal(one[name].nan_to_num(-1), other[name].nan_to_num(-1)), (workers, name)
-    # and every epoch is new
+    # Every epoch is different.
     first, second = (dataset[epoch, 3]["image"] for epoch in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(dataset[3]["image"], dataset[0, 3]["image"])
@@ -209,7 +274,7 @@ def test_sampler():
     sampler.set_epoch(0, start=4)
     assert list(sampler) == orders[0][4:] and len(sampler) == 6
     in_order = [list(PoseSampler(5, shuffle=False, rank=rank, world=2)) for rank in range(2)]
-    assert in_order == [[(0, 0), (0, 2), (0, 4)], [(0, 1), (0, 3)]]  # nobody twice: scores add up
+    assert in_order == [[(0, 0), (0, 2), (0, 4)], [(0, 1), (0, 3)]]  # no sample twice, so that scores are exact
     assert len(list(PoseSampler(2, rank=4, world=5))) == 1
     with pytest.raises(ValueError, match="rank: expected 0 <= rank < world, got 2 of 2"):
         PoseSampler(4, rank=2, world=2)
@@ -218,7 +283,7 @@ def test_sampler():
 def test_both_warps_agree():
     rng = np.random.default_rng(2)
     smooth = cv2.resize(rng.integers(0, 255, (12, 12, 3)).astype(np.uint8), (96, 96), interpolation=cv2.INTER_CUBIC)
-    # Along the image's edge against the black outside OpenCV's rounding of coordinates shows: little of it, please.
+    # OpenCV rounds coordinates, which is visible at the edge to the black outside; this range shows little of it.
     seldom_outside = dataclasses.replace(SPORTS, scale=(0.75, 1.35))
     draws = [seldom_outside.draw(0, 1, i) for i in range(8)]
     matrices = np.stack([crop_matrix((0, 0, 96, 96), 64, **geometry) for geometry, _ in draws])
@@ -229,7 +294,7 @@ def test_both_warps_agree():
     difference = np.abs(found.numpy() - expected)
     assert difference.mean() < 0.003 and np.quantile(difference, 0.999) < 0.02
     plain = warp_batch(images, torch.from_numpy(matrices), 64)
-    assert np.abs(plain.numpy() - expected).mean() > 0.02  # colors do change something
+    assert np.abs(plain.numpy() - expected).mean() > 0.02  # colors have an effect
 
 
 def test_color_matrix_by_hand():
@@ -245,10 +310,10 @@ def test_color_matrix_by_hand():
     assert crop[:, 0, 0].tolist() == [51, 51, 153]
 
 
-def test_shrinking_averages():
-    """A fine checkerboard made 8 times smaller is gray, not noise."""
+def test_reduction_does_not_alias():
+    """A fine checkerboard reduced 8 times is gray, not noise."""
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
     crop = warp_crop(np.repeat(board[..., None], 3, 2), crop_matrix((0, 0, 256, 256), 32), 32)
     assert abs(crop.astype(int)[:, 1:-1, 1:-1] - 127.5).max() < 3
-    with pytest.raises(ValueError, match="size: expected a number of pixels, got 0"):
+    with pytest.raises(ValueError, match="size: expected a positive number of pixels, got 0"):
         PoseDataset(None, 0)

@@ -1,5 +1,6 @@
-"""The packed form: what was packed comes back, byte for byte the same, and damage is noticed."""
+"""Crop archives: round trip, reproducible bytes, subsets, workers, and detection of damage."""
 
+import dataclasses
 import json
 import pickle
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 from amil_fast.pose.data import SPORTS, CropArchive, DataError, PoseDataset, PoseLoader, load_lspet, load_mpii, pack
+from amil_fast.pose.skeletons import Skeleton
 from tests.pose import layouts as make
 
 
@@ -32,36 +34,36 @@ def same_truth(one, other):
 
 
 @pytest.mark.parametrize("augmentation", [None, SPORTS])
-def test_read_back_agrees(people, tmp_path, augmentation):
+def test_crops_match_those_of_the_images(people, tmp_path, augmentation):
     written = pack(people, tmp_path / "a.pack", 64, quality=95)
     assert written == sum(file.stat().st_size for file in tmp_path.iterdir())
-    packed = CropArchive(tmp_path / "a.pack", augmentation=augmentation, seed=4)
+    archive = CropArchive(tmp_path / "a.pack", augmentation=augmentation, seed=4)
     direct = PoseDataset(people, 64, augmentation=augmentation, seed=4)
-    assert len(packed) == 7 and packed.annotations.images == people.images
-    packed.verify()
+    assert len(archive) == 7 and archive.annotations.images == people.images
+    archive.verify()
     for epoch in range(3):
         for index in range(7):
-            one, other = packed[epoch, index], direct[epoch, index]
+            one, other = archive[epoch, index], direct[epoch, index]
             same_truth(one, other)
             assert (one["image"].float() - other["image"].float()).abs().mean() < 6
 
 
-def test_read_back_around_boxes(boxed, tmp_path):
-    """With room around the crop, a person turned and made smaller finds image there, not black."""
+def test_room_around_boxes(boxed, tmp_path):
+    """With room around the crop, rotated and shrunken crops contain image content instead of black."""
     pack(boxed, tmp_path / "a.pack", 64, quality=95, room=1.5)
-    packed = CropArchive(tmp_path / "a.pack", augmentation=SPORTS)
+    archive = CropArchive(tmp_path / "a.pack", augmentation=SPORTS)
     direct = PoseDataset(boxed, 64, augmentation=SPORTS)
-    assert packed.settings["stored"] == 96
+    assert archive.settings["stored"] == 96
     for epoch in range(4):
         for index in range(4):
-            one, other = packed[epoch, index], direct[epoch, index]
+            one, other = archive[epoch, index], direct[epoch, index]
             same_truth(one, other)
             assert (one["image"].float() - other["image"].float()).abs().mean() < 8
     other_size = CropArchive(tmp_path / "a.pack", 48)[1]
     same_truth(other_size, PoseDataset(boxed, 48)[1])
 
 
-def test_warp_on_the_device(boxed, tmp_path):
+def test_deferred_warp(boxed, tmp_path):
     pack(boxed, tmp_path / "a.pack", 64, quality=95)
     by_opencv = CropArchive(tmp_path / "a.pack", augmentation=SPORTS, seed=1)
     by_torch = CropArchive(tmp_path / "a.pack", augmentation=SPORTS, seed=1, on_device=True)
@@ -80,7 +82,7 @@ def test_warp_on_the_device(boxed, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_warp_on_a_gpu(boxed, tmp_path):
+def test_deferred_warp_on_a_gpu(boxed, tmp_path):
     pack(boxed, tmp_path / "a.pack", 64)
     dataset = CropArchive(tmp_path / "a.pack", augmentation=SPORTS, on_device=True)
     batch = torch.utils.data.default_collate([dataset[1, i] for i in range(4)])
@@ -89,7 +91,7 @@ def test_warp_on_a_gpu(boxed, tmp_path):
     torch.testing.assert_close(there["image"].cpu(), here["image"], rtol=0, atol=1e-3)
 
 
-def test_packing_twice_gives_the_same_bytes(people, tmp_path):
+def test_equal_input_gives_equal_bytes(people, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         pack(people, tmp_path / name / "x.pack", 48)
@@ -98,7 +100,7 @@ def test_packing_twice_gives_the_same_bytes(people, tmp_path):
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["x.pack", "x.pack.index"]
 
 
-def test_parts_of_a_pack(boxed, tmp_path):
+def test_subset_of_an_archive(boxed, tmp_path):
     people = boxed
     pack(people, tmp_path / "a.pack", 48)
     whole = CropArchive(tmp_path / "a.pack")
@@ -111,7 +113,7 @@ def test_parts_of_a_pack(boxed, tmp_path):
             assert torch.equal(part[i][name], whole[int(row)][name]), name
 
 
-def test_workers_map_the_file_themselves(people, tmp_path):
+def test_every_worker_maps_the_file(people, tmp_path):
     pack(people, tmp_path / "a.pack", 48)
     dataset = CropArchive(tmp_path / "a.pack", augmentation=SPORTS)
     before = dataset[0, 0]["image"]
@@ -122,7 +124,7 @@ def test_workers_map_the_file_themselves(people, tmp_path):
     assert torch.equal(*images)
 
 
-def test_an_interrupted_pack_leaves_nothing(people, tmp_path):
+def test_interruption_leaves_no_files_and_keeps_old_ones(people, tmp_path):
     def interrupt(number):
         if number == 3:
             raise KeyboardInterrupt
@@ -147,16 +149,16 @@ def test_damage(people, tmp_path):
             CropArchive(path)
 
     path.write_bytes(whole[:-10])
-    complains(r"a.pack: \d+ bytes, but its index was written for")
+    complains(r"a.pack: expected \d+ bytes as in the index, got \d+")
     path.write_bytes(b"AMILPACK\x09" + whole[9:])
-    complains(r"a.pack: packed in format 9, this program reads 1")
+    complains(r"a.pack: expected format version 1, got 9; run `amil pack` again")
     path.write_bytes(b"something else")
-    complains(r"a.pack: expected a packed data set")
+    complains(r"a.pack: expected a crop archive")
     path.write_bytes(whole)
     (tmp_path / "a.pack.index").write_bytes(index[: len(index) // 2])
-    complains(r"a.pack.index: expected the index")
+    complains(r"a.pack.index: expected the index of a crop archive")
     (tmp_path / "a.pack.index").unlink()
-    complains(r"a.pack.index: there is no such file")
+    complains(r"a.pack.index: no such file \(a crop archive consists of a.pack and a.pack.index\)")
     (tmp_path / "a.pack.index").write_bytes(index)
 
     offsets = load_file(tmp_path / "a.pack.index")["offsets"]
@@ -167,8 +169,12 @@ def test_damage(people, tmp_path):
     dataset[1]
     with pytest.raises(DataError, match=r"a.pack: crop 2 is damaged"):
         dataset[2]
-    with pytest.raises(DataError, match=r"a.pack: its content is not what"):
+    with pytest.raises(DataError, match=r"a.pack: expected the content that .*a.pack.index describes"):
         dataset.verify()
+
+
+def copy_of(skeleton):
+    return Skeleton(**{item.name: getattr(skeleton, item.name) for item in dataclasses.fields(Skeleton) if item.init})
 
 
 def test_settings(people, tmp_path):
@@ -176,10 +182,13 @@ def test_settings(people, tmp_path):
         pack(people, tmp_path / "a.pack", quality=0)
     with pytest.raises(ValueError, match=r"room: expected at least 1, got 0.5"):
         pack(people, tmp_path / "a.pack", room=0.5)
-    with pytest.raises(DataError, match="nobody to pack"):
+    custom = dataclasses.replace(people, skeleton=copy_of(people.skeleton))
+    with pytest.raises(ValueError, match="skeleton: expected a built-in skeleton, got the custom one 'lsp14'"):
+        pack(custom, tmp_path / "a.pack")
+    with pytest.raises(DataError, match="no people to write to a crop archive"):
         pack(people.subset([]), tmp_path / "a.pack")
     pack(people, tmp_path / "a.pack", 48)
     settings = CropArchive(tmp_path / "a.pack").settings
-    assert settings["size"] == settings["stored"] == 48  # whole images: there is nothing around them
+    assert settings["size"] == settings["stored"] == 48  # whole images have no surroundings
     assert settings["left_out"] == [] and settings["source"] == "joints.mat"
     json.dumps(settings)

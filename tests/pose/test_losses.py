@@ -1,4 +1,4 @@
-"""Losses of generator and discriminator: their formulas, what they ignore, where their gradients go, the balance."""
+"""Losses of generator and discriminator: values by hand, masking, gradient paths, and the BEGAN balance."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_heatmap_loss_by_hand():
         heatmap_loss(heatmaps, target, valid[:, :1])
 
 
-def test_joints_without_annotation_get_no_gradient():
+def test_joints_without_annotation_receive_no_gradient():
     heatmaps = maps().requires_grad_()
     valid = torch.tensor([[True, False, True], [False, True, True]])
     target = maps(seed=1)
@@ -58,8 +58,8 @@ def test_joints_without_annotation_get_no_gradient():
     torch.testing.assert_close(heatmaps.grad[valid], expected.detach())
 
 
-def test_parts_of_a_batch_add_up():
-    """Gradients averaged over processes are those of one process with all crops, where counts are the global mean."""
+def test_losses_of_the_parts_of_a_batch_average_to_that_of_the_batch():
+    """As in data-parallel training, with the global number of joints per process as the count."""
     heatmaps, target, valid = maps(4), maps(4, seed=1), torch.rand(4, 3) < 0.7
     whole = heatmap_loss(heatmaps, target, valid)
     parts = [heatmap_loss(heatmaps[i], target[i], valid[i], count=valid.sum() / 2) for i in (slice(0, 1), slice(1, 4))]
@@ -84,7 +84,7 @@ def test_region_cross_entropy_by_hand():
         region_cross_entropy(scores, target, valid[:, :1])
 
 
-def test_region_cross_entropy_is_least_at_the_target_and_finite_everywhere():
+def test_region_cross_entropy_is_minimal_at_the_target_and_always_finite():
     target, valid = maps(), torch.ones(2, 3, dtype=torch.bool)
     torch.testing.assert_close(region_cross_entropy(torch.logit(target), target, valid), torch.tensor(0.0))
     target[0, 0] = torch.tensor([0.0, 1.0]).repeat(10).view(4, 5)
@@ -95,7 +95,7 @@ def test_region_cross_entropy_is_least_at_the_target_and_finite_everywhere():
         assert loss.isfinite() and loss > 0 and scores.grad.isfinite().all()
 
 
-def test_region_loss_is_the_bags_loss():
+def test_region_loss_is_the_noisy_or_loss_of_the_regions():
     scores = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     valid = torch.rand(3, 4) < 0.6
     expected = torch.stack(
@@ -107,7 +107,7 @@ def test_region_loss_is_the_bags_loss():
 
 
 def test_discriminator_losses_by_hand():
-    """D doubles: the error of a map is its mean square. Maps without annotation are empty in either input."""
+    """D(x) = 2 x: the error of a map is its mean square. Maps without annotation are 0 in both inputs."""
     D = Scale(2.0)
     real, fake = maps(), maps(seed=1).requires_grad_()
     valid = torch.tensor([[True, False, True], [False, True, True]])
@@ -117,20 +117,20 @@ def test_discriminator_losses_by_hand():
     l_fake.backward()
     assert fake.grad is None and D.a.grad != 0
 
-    class Sees(nn.Module):
+    class Recorder(nn.Module):
         def forward(self, heatmaps, images):
             assert images.shape[0] == heatmaps.shape[0] == 4
-            self.seen = heatmaps
+            self.inputs = heatmaps
             return heatmaps
 
-    sees = Sees()
-    discriminator_losses(sees, real, fake, torch.zeros(2, 3, 8, 8), valid)
-    assert sees.seen[:2][~valid].eq(0).all() and sees.seen[2:][~valid].eq(0).all()
-    assert sees.seen[:2][valid].equal(real[valid])
+    recorder = Recorder()
+    discriminator_losses(recorder, real, fake, torch.zeros(2, 3, 8, 8), valid)
+    assert recorder.inputs[:2][~valid].eq(0).all() and recorder.inputs[2:][~valid].eq(0).all()
+    assert recorder.inputs[:2][valid].equal(real[valid])
 
 
 def test_adversarial_gradient_goes_through_the_input_only():
-    """l = mean (S − 2 S')², S held: dl/dS' = −4 (S − 2 S) / n = 4 S / n, where dl/dS would add 2 (S − 2 S) / n."""
+    """l = mean (S − 2 S')² with S constant: dl/dS' = −4 (S − 2 S) / n = 4 S / n; dl/dS would add 2 (S − 2 S) / n."""
     D = Scale(2.0)
     heatmaps = maps().requires_grad_()
     valid = torch.ones(2, 3, dtype=torch.bool)
@@ -165,13 +165,13 @@ def test_balance_is_equation_20():
     assert again.k == 1
     loss = balance.loss(torch.tensor(3.0, requires_grad=True), torch.tensor(2.0))
     balance.update(torch.tensor(0.0), torch.tensor(1.0))
-    loss.backward()  # the update in between does not disturb it
+    loss.backward()  # independent of the update in between
     with pytest.raises(ValueError, match="k: expected 0 to 1, got 2"):
         Balance(k=2)
 
 
 def test_one_step_of_both_in_bf16():
-    """Everything together, as training does it: finite, and each network learns from its own loss only."""
+    """One training step of both networks: finite, and each loss reaches its own network only."""
     torch.manual_seed(0)
     G, D = PoseGenerator(input_size=64, features=16), PoseDiscriminator(features=16)
     images, target = torch.randn(4, 3, 64, 64), maps(4, 14, 16, 16)

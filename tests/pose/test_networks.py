@@ -1,5 +1,6 @@
-"""Generator and discriminator: what they compute, how they are stored, and that they compile and export."""
+"""Generator and discriminator: forward pass against the equations, save and load, torch.compile and torch.export."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,10 +10,10 @@ from torch.nn import functional as F
 
 from amil_fast import PoseDiscriminator, PoseGenerator, adjust_pool
 from amil_fast.nn import POOLINGS
-from amil_fast.pose import PoseOutput, error_map
+from amil_fast.pose import PoseOutput, Skeleton, error_map
 from amil_fast.pose.models.backbones import Hourglass, make_backbone
 from amil_fast.pose.models.regions import RegionBlock, as_maps, probability, regions
-from amil_fast.pose.skeletons import COCO17, LSP14
+from amil_fast.pose.skeletons import COCO17, LSP14, MPII16, get_skeleton
 
 SMALL = {"input_size": 64, "features": 16}
 
@@ -24,7 +25,7 @@ def generator():
 
 
 def randomize(module, seed=0):
-    """Scores start near a constant; give every parameter and statistic a value that matters."""
+    """Perturbs biases and statistics: scores of a new network are nearly constant."""
     rng = torch.Generator().manual_seed(seed)
     for name, value in module.state_dict().items():
         if name.endswith("running_var"):
@@ -34,8 +35,8 @@ def randomize(module, seed=0):
     return module
 
 
-def test_block_is_the_papers_equations():
-    """Two levels, N regions: written out with matrices, against RegionBlock with two maps and a bag from below."""
+def test_region_block_follows_the_equations():
+    """RegionBlock with two maps and the bag vector of a previous block, against Eq. 7-9 written with matrices."""
     torch.manual_seed(1)
     B, N, D, K = 3, 20, 8, 5
     block = randomize(RegionBlock([6, D], D, K, depth=2, first=False, bag_scale=1.5, backend="reference")).double()
@@ -54,7 +55,7 @@ def test_block_is_the_papers_equations():
     torch.testing.assert_close(X, bag)
 
 
-def test_every_region_sees_the_whole_map():
+def test_every_region_depends_on_the_whole_map():
     torch.manual_seed(0)
     Y = torch.randn(1, 30, 8)
     other = Y.clone()
@@ -65,7 +66,7 @@ def test_every_region_sees_the_whole_map():
         assert (change > 1e-4) == moves, pooling
 
 
-def test_residual_is_a_flag():
+def test_residual_flag():
     torch.manual_seed(0)
     Y = torch.randn(2, 10, 8)
     block = randomize(RegionBlock([8], 8, 4))
@@ -149,7 +150,7 @@ def test_generator_and_its_forms(generator):
     torch.testing.assert_close(output.heatmaps[-1], heatmaps)
     torch.testing.assert_close(output.heatmaps, torch.sigmoid(output.scores))
     assert generator.skeleton is LSP14 and generator.input_size == 64 and generator.stride == 4
-    # Maps start nearly empty, as they end.
+    # Heatmaps start near the prior.
     assert 0.01 < heatmaps.mean() < 0.04
 
 
@@ -163,8 +164,8 @@ def test_generator_without_blocks_is_a_linear_head():
 
 
 @pytest.mark.parametrize("pooling", [*POOLINGS, "none"])
-def test_every_parameter_of_every_ablation_learns(pooling):
-    """No parameter is left without a gradient: data-parallel training would stop at it."""
+def test_every_parameter_receives_a_gradient(pooling):
+    """DistributedDataParallel raises on parameters without a gradient."""
     torch.manual_seed(0)
     for options in ({"blocks": 2}, {"blocks": 1, "depth": 1}, {"residual": False}):
         net = PoseGenerator(**SMALL, pooling=pooling, **options)
@@ -175,24 +176,24 @@ def test_every_parameter_of_every_ablation_learns(pooling):
 
 
 def test_discriminator_is_an_autoencoder():
-    """What comes out depends on the maps and, where it may look, on the image."""
+    """The output depends on the heatmaps and, with ``use_image``, on the image."""
     torch.manual_seed(0)
     heatmaps, images = torch.rand(2, 14, 16, 16), torch.randn(2, 3, 64, 64)
-    looks = randomize(PoseDiscriminator(features=16)).eval()
-    blind = randomize(PoseDiscriminator(features=16, use_image=False)).eval()
+    conditioned = randomize(PoseDiscriminator(features=16)).eval()
+    unconditioned = randomize(PoseDiscriminator(features=16, use_image=False)).eval()
     with torch.no_grad():
-        assert looks(heatmaps, images).shape == heatmaps.shape
-        assert not looks(heatmaps, images).equal(looks(heatmaps, images + 1))
-        assert blind(heatmaps).equal(blind(heatmaps, images))
-        assert not blind(heatmaps).equal(blind(heatmaps.flip(-1)))
-    with pytest.raises(ValueError, match=r"images: expected \(B, 3, H, W\), as use_image is on, got None"):
-        looks(heatmaps)
+        assert conditioned(heatmaps, images).shape == heatmaps.shape
+        assert not conditioned(heatmaps, images).equal(conditioned(heatmaps, images + 1))
+        assert unconditioned(heatmaps).equal(unconditioned(heatmaps, images))
+        assert not unconditioned(heatmaps).equal(unconditioned(heatmaps.flip(-1)))
+    with pytest.raises(ValueError, match=r"images: expected \(B, 3, H, W\) because of use_image=True, got None"):
+        conditioned(heatmaps)
     with pytest.raises(ValueError, match=r"heatmaps: expected shape \(B, K, h, w\) with h and w multiples of 8"):
-        looks(heatmaps[..., :12], images)
+        conditioned(heatmaps[..., :12], images)
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_all_passes_the_coarsest_map_unless_skipped(skip, monkeypatch):
+def test_coarsest_map_is_a_bottleneck_without_skip_connections(skip, monkeypatch):
     net = randomize(Hourglass(8, 3, skip)).eval()
     coarsest = net.inner.inner.inner
     monkeypatch.setattr(coarsest, "forward", lambda x: torch.ones_like(x))
@@ -211,7 +212,7 @@ def test_error_map():
 
 
 @pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
-def test_saved_and_loaded(build, tmp_path):
+def test_save_and_load(build, tmp_path):
     torch.manual_seed(0)
     net = randomize(build("coco17", features=16, pooling="mean", mil_scale=0.7)).eval()
     net.save_pretrained(tmp_path / "net", notes={"score": 1})
@@ -228,26 +229,119 @@ def test_saved_and_loaded(build, tmp_path):
     assert json.loads((tmp_path / "net" / "config.json").read_text())["notes"] == {"score": 1}
 
 
-def test_what_cannot_be_loaded(tmp_path, generator):
+def test_load_errors(tmp_path, generator):
     with pytest.raises(ValueError, match=r"expected a folder with config.json and model.safetensors, config.json is m"):
         PoseGenerator.from_pretrained(tmp_path)
     generator.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected a amil-pose-discriminator, got 'amil-pose-generator'"):
+    with pytest.raises(ValueError, match="format: expected 'amil-pose-discriminator', got 'amil-pose-generator'"):
         PoseDiscriminator.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the files don't make a amil-pose-generator"):
+    with pytest.raises(ValueError, match="expected the files of a model of format 'amil-pose-generator'"):
         PoseGenerator.from_pretrained(tmp_path, features=24)
     assert PoseGenerator.from_pretrained(tmp_path, input_size=96).input_size == 96
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "version": 99}))
-    with pytest.raises(ValueError, match="version 99 is newer"):
+    with pytest.raises(ValueError, match="version: expected at most 1, got 99"):
         PoseGenerator.from_pretrained(tmp_path)
+    for damaged in ([], {**config, "arguments": None}, {"format": config["format"]}):
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"config\.json: expected a JSON object with 'format'"):
+            PoseGenerator.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="expected the description of a"):
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON file"):
         PoseGenerator.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="the files don't make a"):
+    with pytest.raises(ValueError, match="expected the files of a model"):
         PoseGenerator.from_pretrained(tmp_path)
+
+
+def custom_skeleton(**changes):
+    """Five joints, the trunk of LSP."""
+    arguments = {
+        "name": "trunk",
+        "joints": ("right hip", "left hip", "right shoulder", "left shoulder", "neck"),
+        "short_names": ("rhip", "lhip", "rsho", "lsho", "neck"),
+        "limbs": ((0, 1), (2, 4), (3, 4)),
+        "groups": {"hip": (0, 1), "shoulder": (2, 3)},
+        "scored": (0, 1, 2, 3),
+        "normalizer_pairs": {"paper": (1, 2)},
+        "head_segment": (4, 4),
+        "head_factor": 0.5,
+        "derived": (4,),
+    }
+    return Skeleton(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
+def test_save_and_load_with_a_custom_skeleton(build, tmp_path):
+    own = custom_skeleton()
+    net = build(own, features=16).eval()
+    net.save_pretrained(tmp_path)
+    again = build.from_pretrained(tmp_path)
+    for item in dataclasses.fields(Skeleton):
+        assert getattr(again.skeleton, item.name) == getattr(own, item.name), item.name
+    assert again.skeleton.flip_pairs == ((0, 1), (2, 3)) and again.config == net.config
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
+    heatmaps, images = torch.rand(1, 5, 16, 16), torch.randn(1, 3, 64, 64)
+    inputs = (images,) if build is PoseGenerator else (heatmaps, images)
+    with torch.no_grad():
+        assert again(*inputs).equal(net(*inputs)) and again(*inputs).shape == heatmaps.shape
+
+
+@pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
+def test_built_in_skeletons_are_stored_by_name(build, tmp_path):
+    build("mpii16", features=16).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["arguments"]["skeleton"] == "mpii16"
+    assert build.from_pretrained(tmp_path).skeleton is MPII16
+    # The name of a built-in skeleton does not make a custom one equal to it.
+    build(custom_skeleton(name="lsp14"), features=16).save_pretrained(tmp_path)
+    assert build.from_pretrained(tmp_path).skeleton.num_joints == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"joints": None}, "joints: expected a list of names, got None"),
+        ({"joints": ["a", "a", "b", "c", "d"]}, "joints: expected unique names"),
+        ({"short_names": ["a"]}, "short_names: expected 5, one per joint, got 1"),
+        ({"limbs": [[0, 5]]}, r"limbs: expected 2 joint indices from 0 to 4, got \[0, 5\]"),
+        ({"limbs": [[0]]}, r"limbs: expected 2 joint indices from 0 to 4, got \[0\]"),
+        ({"limbs": 3}, "limbs: expected pairs of joint indices, got 3"),
+        ({"groups": {"hip": "ab"}}, r"groups\['hip'\]: expected joint indices from 0 to 4, got 'ab'"),
+        ({"groups": [1]}, "groups: expected a mapping of names"),
+        ({"scored": [-1]}, r"scored: expected joint indices from 0 to 4, got \[-1\]"),
+        ({"normalizer_pairs": {"paper": [0, 1, 2]}}, r"normalizer_pairs\['paper'\]: expected 2 joint indices"),
+        ({"head_segment": [0, 1.5]}, "head_segment: expected 2 joint indices"),
+        ({"head_factor": "big"}, "head_factor: expected None or a positive number, got 'big'"),
+        ({"name": ""}, "name: expected a non-empty string, got ''"),
+        ({"colors": []}, "unexpected keyword argument 'colors'"),
+        ("limbs", "missing 1 required positional argument: 'limbs'"),
+    ],
+)
+def test_damaged_skeleton_definitions(change, message):
+    definition = custom_skeleton().to_config()
+    assert get_skeleton(json.loads(json.dumps(definition))).to_config() == definition
+    if isinstance(change, dict):
+        definition.update(change)
+    else:
+        del definition[change]
+    with pytest.raises(ValueError, match=f"skeleton: expected the definition of a skeleton: .*{message}"):
+        get_skeleton(definition)
+
+
+@pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
+def test_load_with_a_damaged_skeleton_definition(build, tmp_path):
+    build(custom_skeleton(), features=16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["arguments"]["skeleton"]["limbs"] = [[0, 9]]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{tmp_path}: .* limbs: expected 2 joint indices from 0 to 4"):
+        build.from_pretrained(tmp_path)
+    config["arguments"]["skeleton"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{tmp_path}: .* skeleton: expected one of 'lsp14', .*, got 7"):
+        build.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +362,7 @@ def test_bad_arguments(options, message):
 
 
 def test_bf16_autocast_channels_last(generator):
-    """The same maps within bfloat16's precision, and finite gradients everywhere."""
+    """The same heatmaps within the precision of bfloat16."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -296,7 +390,7 @@ def test_exported(generator, tmp_path):
     images = torch.randn(5, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(images), generator(images))
-    # Without the package on the other side: plain PyTorch operators only.
+    # With backend="reference" the program contains no operator of this package.
     plain = PoseGenerator(**SMALL, backend="reference").eval()
     plain.load_state_dict(generator.state_dict())
     program = torch.export.export(plain, (images,))
@@ -305,7 +399,7 @@ def test_exported(generator, tmp_path):
         torch.testing.assert_close(program.module()(images), generator(images), atol=1e-5, rtol=1e-4)
 
 
-def test_image_reaches_the_discriminator_at_the_maps_resolution():
+def test_image_is_averaged_to_the_resolution_of_the_heatmaps():
     net = PoseDiscriminator(features=16, blocks=0).eval()
     images = torch.randn(1, 3, 64, 64)
     averaged = F.avg_pool2d(images, 4)

@@ -275,7 +275,7 @@ def test_no_input(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: no image or video found"):
         predict(predictor, [tmp_path / "empty"], tmp_path / "out")
-    with pytest.raises(DataError, match=r"boxes.json: there is no such file"):
+    with pytest.raises(DataError, match=r"boxes.json: no such file"):
         predict(predictor, [tmp_path / "empty"], tmp_path / "out", boxes=tmp_path / "boxes.json")
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the new one, whatever happens in between."""
+"""Atomic writes, publication of several files, and JSON errors."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_long_names(tmp_path):
+def test_long_file_names(tmp_path):
     path = tmp_path / ("n" * 250 + ".txt")
     write_text(path, "é")
     assert path.read_bytes() == "é".encode()

@@ -1,15 +1,19 @@
-"""People in images: what every data set is read into."""
+"""Annotations of people in images, the common form of all data sets."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from amil_fast.pose.data.errors import DataError, LeftOut
+from amil_fast.pose.data.errors import LeftOut, Problems
 from amil_fast.pose.data.files import image_size, safe_path
 from amil_fast.pose.skeletons import Skeleton
+from amil_fast.utils.files import DataError
 
-# Coordinates may be counted from 0 or from 1 and rounded either way: only what is farther outside than this is wrong.
+# Pixels by which a joint may lie outside its image: data sets count from 0 or 1 and round differently.
 OUTSIDE_TOLERANCE = 2.0
 
 
@@ -19,30 +23,33 @@ class Annotations:
 
     Attributes:
         source: the annotation file, for messages.
-        root: folder the image names are relative to.
+        root: folder that image names are relative to.
         skeleton: the joints.
         images: S names of image files.
         joints: ``(S, K, 2)`` float64 in image pixels, NaN where not annotated.
-        visibility: ``(S, K)`` uint8 as in COCO: 0 not annotated, 1 annotated but hidden, 2 visible.
-        boxes: ``(S, 4)`` float64 (x, y, width, height) around the person, NaN for the whole image.
+        visibility: ``(S, K)`` uint8 as in COCO: 0 not annotated, 1 annotated but occluded, 2 visible.
+        boxes: ``(S, 4)`` float64 bounding boxes (x, y, width, height), NaN for the whole image.
         margin: side of the crop in units of the box's longer side.
-        head_sizes: ``(S,)`` float64, PCKh's size in pixels, NaN where unknown.
-        ids: S identifiers of the image in result files: numbers, or names.
-        sizes: ``(S, 2)`` int64 width and height of the images.
-        left_out: what ``skip_bad`` left out.
+        head_sizes: ``(S,)`` float64, head size of PCKh in pixels, NaN where unknown.
+        ids: S identifiers of the image in result files: numbers or names.
+        sizes: ``(S, 2)`` int64, width and height of the images.
+        left_out: entries that ``skip_bad`` excluded.
+
+    Raises:
+        DataError: arrays whose shapes do not match.
     """
 
     source: Path
     root: Path
     skeleton: Skeleton
-    images: list
-    joints: np.ndarray
-    visibility: np.ndarray
-    boxes: np.ndarray
+    images: list[str]
+    joints: NDArray[np.float64]
+    visibility: NDArray[np.uint8]
+    boxes: NDArray[np.float64]
     margin: float = 1.0
-    head_sizes: np.ndarray | None = None
-    ids: list | None = None
-    sizes: np.ndarray | None = None
+    head_sizes: NDArray[np.float64] = None  # type: ignore[assignment]  # NaN by default
+    ids: list[Any] = None  # type: ignore[assignment]  # the names by default
+    sizes: NDArray[np.int64] | None = None
     left_out: list[LeftOut] = field(default_factory=list)
 
     def __post_init__(self):
@@ -54,19 +61,19 @@ class Annotations:
                 raise DataError(f"{self.source}: {name}: expected {shape}, got {getattr(self, name).shape}")
         if len(self.ids) != S:
             raise DataError(f"{self.source}: ids: expected {S}, got {len(self.ids)}")
-        # What a file holds for a joint that isn't annotated must not leak into anything.
+        # Files hold arbitrary coordinates for joints without annotation.
         self.joints = np.where(self.visibility[..., None] > 0, self.joints, np.nan)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
     @property
-    def valid(self):
-        """``(S, K)`` bool, joints that are annotated."""
+    def valid(self) -> NDArray[np.bool_]:
+        """``(S, K)`` bool, annotated joints."""
         return self.visibility > 0
 
-    def subset(self, indices):
-        """The people at ``indices`` (or where a mask of S bools is true), in that order."""
+    def subset(self, indices: ArrayLike) -> "Annotations":
+        """The people at ``indices``, in that order; or those selected by a bool mask ``(S,)``."""
         indices = np.asarray(indices)
         indices = np.flatnonzero(indices) if indices.dtype == bool else indices.astype(np.int64)
         return replace(
@@ -80,13 +87,13 @@ class Annotations:
             sizes=None if self.sizes is None else self.sizes[indices],
         )
 
-    def fold(self, number, folds, seed=0):
-        """``(train, test)`` of fold ``number`` of ``folds``, each an :class:`Annotations`."""
+    def fold(self, number: int, folds: int, seed: int = 0) -> tuple["Annotations", "Annotations"]:
+        """Training and test part of fold ``number`` of ``folds``."""
         test = self.fold_mask(number, folds, seed)
         return self.subset(~test), self.subset(test)
 
-    def fold_mask(self, number, folds, seed=0):
-        """``(S,)`` bool, the test part of fold ``number`` of ``folds``; all people of a photograph are on one side."""
+    def fold_mask(self, number: int, folds: int, seed: int = 0) -> NDArray[np.bool_]:
+        """Test part of fold ``number`` of ``folds``, ``(S,)`` bool. People of the same image are never separated."""
         if not 2 <= folds <= len(set(self.images)) or not 0 <= number < folds:
             photographs = len(set(self.images))
             raise ValueError(f"fold: expected 0 <= number < folds <= {photographs} images, got {number} of {folds}")
@@ -94,19 +101,21 @@ class Annotations:
         place = dict(zip(names, np.random.default_rng(seed).permutation(len(names)) % folds, strict=True))
         return np.array([place[name] == number for name in self.images])
 
-    def check(self, problems, entry_name, images=True):
-        """Looks at every image's header and every joint's place; returns what is good.
+    def check(self, problems: Problems, entry_name: Callable[[int], str], images: bool = True) -> "Annotations":
+        """Validates images and joint coordinates, and returns the valid entries.
+
+        A missing or truncated image, or an image name that could point outside ``root``, excludes the entry. A joint
+        more than 2 pixels outside its image excludes the joint, except the skeleton's derived joints.
 
         Args:
-            images: otherwise no image is looked for: only joints matter, as for scoring predictions.
-            problems: a :class:`Problems` that raises at the first problem or collects them.
-            entry_name: function of an index giving what to call that entry in messages.
-
-        A missing or truncated image, or one whose path could leave the root, costs the entry; a joint outside its image
-        (by more than 2 px, and unless the skeleton says that the annotators computed it) costs that joint.
+            problems: raises at the first problem or collects them.
+            entry_name: name of an entry for messages, by index.
+            images: read the header and the end of every image; otherwise only names are checked, which is sufficient
+                for scoring predictions.
         """
-        known = {}
-        good, sizes = [], []
+        known: dict[str, tuple[int, int] | Exception | None] = {}
+        good: list[int] = []
+        sizes: list[tuple[int, int]] = []
         derived = np.isin(np.arange(self.skeleton.num_joints), self.skeleton.derived)
         visibility, joints = self.visibility.copy(), self.joints.copy()
         for i, name in enumerate(self.images):
@@ -114,7 +123,7 @@ class Annotations:
                 try:
                     path = safe_path(self.root, name)
                     known[name] = image_size(path) if images else None
-                except ValueError as error:  # DataError too
+                except ValueError as error:  # including DataError
                     known[name] = error
             size = known[name]
             if isinstance(size, Exception):

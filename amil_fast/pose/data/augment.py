@@ -1,33 +1,36 @@
-"""Augmentation: which random numbers a crop gets, and the two ways to apply them (OpenCV, or torch on any device).
+"""Augmentation: random parameters per crop, applied with OpenCV or with torch on any device.
 
-The numbers depend on (seed, epoch, index) only: neither the number of workers nor the order of the samples matters.
+Parameters depend on (seed, epoch, index) only, not on the number of workers or the order of the samples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from amil_fast.pose.codec import crop_matrix, resampling
+from amil_fast.pose.codec import resampling
 
-# Weights of R, G, B in the luminance (Rec. 601), about which saturation is changed.
+# Weights of R, G, B in the luminance (Rec. 601), the fixed point of the saturation change.
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of the random changes; 0 (or (1, 1)) switches one off.
+    """Ranges of the random transformations; 0 (or (1, 1)) disables one.
 
     Attributes:
-        flip: probability of a mirror image.
-        rotation: the person is turned by up to so many degrees either way, uniformly.
-        any_rotation: probability of a turn by any angle instead: people in LSPET are often upside down.
-        scale: smallest and largest factor of the person's size (uniform in its logarithm).
-        shift: the person is moved by up to this fraction of the crop's side, each way.
-        brightness, contrast: up to this fraction of the full range is added, and of the contrast.
-        saturation: up to this fraction of the saturation is added or taken away.
-        tint: up to this fraction is added to or taken from each of R, G, B.
+        flip: probability of a horizontal flip.
+        rotation: maximum rotation in degrees, uniform in both directions.
+        any_rotation: probability of a rotation by any angle instead; people in LSPET are often upside down.
+        scale: minimum and maximum factor of the person's size, uniform in the logarithm.
+        shift: maximum displacement in fractions of the crop's side, per axis.
+        brightness: maximum change in fractions of the full range.
+        contrast, saturation: maximum relative change.
+        tint: maximum relative change of each of R, G, B.
     """
 
     flip: float = 0.5
@@ -48,14 +51,15 @@ class Augmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
 
-    def draw(self, seed, epoch, index):
-        """The numbers for one crop.
+    def draw(self, seed: int, epoch: int, index: int) -> tuple[dict[str, Any], NDArray[np.float32]]:
+        """Draws the parameters of one crop.
 
-        Returns ``(geometry, color)``: keyword arguments of :func:`crop_matrix`, and the ``(3, 4)`` float32 matrix of
-        :func:`color_matrix`.
+        Returns:
+            ``(geometry, color)``: keyword arguments of :func:`amil_fast.pose.codec.crop_matrix`, and the ``(3, 4)``
+            float32 matrix of :func:`color_matrix`.
         """
         rng = np.random.default_rng((seed, epoch, index))
-        # All numbers are drawn, used or not: switching one change off leaves the others as they were.
+        # Always the same number of draws, so that disabling one transformation does not change the others.
         flip, turn, log_scale, any_turn = rng.random(4)
         (dx, dy), color = rng.uniform(-1, 1, 2), rng.uniform(-1, 1, 6)
         low, high = np.log(self.scale)
@@ -73,35 +77,46 @@ class Augmentation:
         )
 
 
-# Training on LSP and LSPET (gymnastics, parkour): many people at any angle. In a whole image of LSPET people are
-# about 0.6 times as large as in a crop around their joints: a network trained on either finds them in the other.
+# For LSP and LSPET (gymnastics, parkour), where people appear at any angle. The lower scale covers whole images of
+# LSPET, where people are about 0.6 times as large as in crops around their joints.
 SPORTS = Augmentation(any_rotation=0.3, scale=(0.6, 1.3))
 
 
-def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, tint=(1.0, 1.0, 1.0)):
-    """Matrix ``(3, 4)`` float32 on (R, G, B, 255): saturation, then contrast about mid-gray, tint and brightness."""
+def color_matrix(
+    brightness: float = 0.0,
+    contrast: float = 1.0,
+    saturation: float = 1.0,
+    tint: Sequence[float] | NDArray[np.floating] = (1.0, 1.0, 1.0),
+) -> NDArray[np.float32]:
+    """Color transformation: saturation, contrast about mid-gray, tint and brightness.
+
+    Returns:
+        ``(3, 4)`` float32, to be multiplied by (R, G, B, 1) with colors in [0, 1].
+    """
     mix = saturation * np.eye(3) + (1 - saturation) * _LUMINANCE
     gain = np.asarray(tint)[:, None] * contrast * mix
     offset = np.asarray(tint) * 0.5 * (1 - contrast) + brightness
     return np.column_stack([gain, offset]).astype(np.float32)
 
 
-def warp_crop(image, matrix, size, color=None):
-    """One crop from a decoded image.
+def warp_crop(
+    image: NDArray[Any], matrix: NDArray[np.float64], size: int, color: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Samples one crop from a decoded image with OpenCV.
 
     Args:
         image: ``(H, W, 3)`` uint8 BGR.
-        matrix: ``(2, 3)``, crop pixels to the image's.
-        size: side of the crop.
-        color: ``(3, 4)`` from :func:`color_matrix`, or None.
+        matrix: ``(2, 3)``, crop pixels to image pixels.
+        size: side of the crop in pixels.
+        color: ``(3, 4)`` of :func:`color_matrix`, or None.
 
     Returns:
-        ``(3, size, size)`` uint8 **RGB**; what lies outside the image is black.
+        ``(3, size, size)`` uint8 **RGB**, black outside the image.
     """
     step = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
     factor = int(step + 1e-6)
     if factor >= 2:
-        # Bilinear sampling skips pixels when it shrinks by 2 or more: average them first.
+        # Bilinear sampling aliases at reductions of 2 or more: reduce by area averaging first.
         height, width = image.shape[:2]
         small = max(1, round(width / factor)), max(1, round(height / factor))
         image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
@@ -111,22 +126,24 @@ def warp_crop(image, matrix, size, color=None):
         matrix = np.column_stack([linear, offset])
     crop = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     if color is not None:
-        # The matrix reads and writes RGB, the crop is BGR.
+        # The color matrix is in RGB order, the crop in BGR.
         crop = cv2.transform(crop, color[::-1, [2, 1, 0, 3]] * np.array([1, 1, 1, 255], np.float32))
     return np.ascontiguousarray(crop[:, :, ::-1].transpose(2, 0, 1))
 
 
-def warp_batch(images, matrices, size, colors=None):
-    """Crops from a batch of equally large images in one ``grid_sample``, on the images' device.
+def warp_batch(
+    images: torch.Tensor, matrices: torch.Tensor, size: int, colors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Samples crops from a batch of equally large images in one ``grid_sample``, on the images' device.
 
     Args:
         images: ``(B, 3, P, Q)`` uint8 RGB.
         matrices: ``(B, 2, 3)`` floating point, crop pixels to image pixels.
-        size: side of the crops.
-        colors: ``(B, 3, 4)`` from :func:`color_matrix`, or None.
+        size: side of the crops in pixels.
+        colors: ``(B, 3, 4)`` of :func:`color_matrix`, or None.
 
     Returns:
-        ``(B, 3, size, size)`` float32 in [0, 1]. What :func:`warp_crop` gives, up to its rounding.
+        ``(B, 3, size, size)`` float32 in [0, 1]; equals :func:`warp_crop` up to rounding.
     """
     B, _, P, Q = images.shape
     matrices = matrices.to(images.device, torch.float32)
@@ -137,7 +154,7 @@ def warp_batch(images, matrices, size, colors=None):
         + matrices[:, :, 2, None, None]
     )
     extent = torch.tensor([Q, P], device=images.device, dtype=torch.float32)
-    grid = ((2 * x.movedim(1, -1) + 1) / extent) - 1  # align_corners=False: -1 and 1 are the outer edges
+    grid = ((2 * x.movedim(1, -1) + 1) / extent) - 1  # align_corners=False: -1 and 1 are the image's edges
     crops = torch.nn.functional.grid_sample(
         images.float() / 255, grid, mode="bilinear", padding_mode="zeros", align_corners=False
     )
@@ -145,6 +162,3 @@ def warp_batch(images, matrices, size, colors=None):
         return crops
     colors = colors.to(images.device, torch.float32)
     return (torch.baddbmm(colors[:, :, 3:], colors[:, :, :3], crops.flatten(2)).clamp(0, 1)).view(B, 3, size, size)
-
-
-__all__ = ["SPORTS", "Augmentation", "color_matrix", "crop_matrix", "warp_batch", "warp_crop"]

@@ -1,33 +1,46 @@
-"""COCO keypoints: ``annotations/person_keypoints_<split>.json`` and a folder of images named like the split."""
+"""COCO keypoints: ``annotations/person_keypoints_<split>.json`` and the images in a folder of the split's name."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.errors import DataError, Problems
-from amil_fast.pose.data.files import read_json
-from amil_fast.pose.skeletons import COCO17, get_skeleton
+from amil_fast.pose.data.errors import Problems
+from amil_fast.pose.skeletons import COCO17, Skeleton, get_skeleton
+from amil_fast.utils.files import DataError, read_json
 
 _MARGIN = 1.25
 
 
 def load_coco(
-    root, split="val2017", *, skip_bad=False, check_images=True, annotations=None, images=None, skeleton=COCO17
-):
-    """People with at least one annotated joint (and no crowds) of a COCO keypoints file.
+    root: str | os.PathLike,
+    split: str = "val2017",
+    *,
+    skip_bad: bool = False,
+    check_images: bool = True,
+    annotations: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
+    skeleton: str | Skeleton | dict[str, Any] = COCO17,
+) -> Annotations:
+    """Loads the people of a COCO keypoints file that have at least one annotated joint; crowds are excluded.
 
     Args:
-        root: folder with ``annotations/`` and the images' folder.
-        split: ``"train2017"``, ``"val2017"``, or whatever ``annotations/person_keypoints_<split>.json`` exists.
-        skip_bad: leave out and list what is bad instead of raising.
-        check_images: see that the images are there and whole; without, only the joints are of use.
-        annotations, images: file and folder, where they lie elsewhere; the folder's default is ``<root>/<split>``, or
-            ``<root>/images/<split>`` or ``<root>/images`` where that exists instead.
-        skeleton: what the K joints of the file are.
+        root: folder with ``annotations/`` and the image folder.
+        split: ``"train2017"``, ``"val2017"``, or any other for which ``annotations/person_keypoints_<split>.json``
+            exists.
+        skip_bad: exclude and list invalid entries instead of raising.
+        check_images: verify that the images exist and are complete.
+        annotations, images: file and folder, if elsewhere. The image folder is by default ``<root>/<split>``,
+            ``<root>/images/<split>`` or ``<root>/images``, the first that exists.
+        skeleton: the K joints of the file.
 
     Returns:
-        :class:`Annotations`, ``ids`` being COCO's image ids. Raises DataError naming file and entry.
+        :class:`~amil_fast.pose.data.Annotations` with COCO's image ids as ``ids``.
+
+    Raises:
+        DataError: invalid files; the message names file and entry.
     """
     root, skeleton = Path(root), get_skeleton(skeleton)
     source = Path(annotations) if annotations else root / "annotations" / f"person_keypoints_{split}.json"
@@ -55,9 +68,9 @@ def load_coco(
             if points.shape != (3 * K,):
                 raise ValueError(f"expected {3 * K} numbers as keypoints ({skeleton.name}), got {points.size}")
             if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] <= 0).any():
-                raise ValueError(f"expected a bbox of a width and height above 0, got {row['bbox']}")
+                raise ValueError(f"expected a bbox with positive width and height, got {row['bbox']}")
             if row["image_id"] not in files:
-                raise ValueError(f"its image_id {row['image_id']!r} is not among the images")
+                raise ValueError(f"image_id {row['image_id']!r} is not among the images")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
             problems.report(source, f"annotations[{i}]", reason)

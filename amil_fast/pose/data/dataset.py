@@ -1,51 +1,64 @@
-"""Crops of people with their joints: the map-style data set that every loader and training run reads."""
+"""Map-style data set of person crops with joints."""
+
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from amil_fast.pose.codec import compose, crop_matrix, invert, resampling, transform
-from amil_fast.pose.data.augment import warp_crop
+from amil_fast.pose.data.annotations import Annotations
+from amil_fast.pose.data.augment import Augmentation, warp_crop
 from amil_fast.pose.data.files import read_image, safe_path
+from amil_fast.pose.skeletons import Skeleton
 
 
 class PoseDataset(torch.utils.data.Dataset):
-    """Crops of the people of an :class:`~amil_fast.pose.data.annotations.Annotations`.
+    """Crops of the people of an :class:`~amil_fast.pose.data.Annotations`.
+
+    ``dataset[index]`` is a sample of epoch 0, ``dataset[epoch, index]`` of any epoch (the keys of
+    :class:`~amil_fast.pose.data.PoseSampler`). A sample is a dict of tensors:
+
+    ============  ==========================  =======================================================
+    image         ``(3, size, size)`` uint8   RGB
+    joints        ``(K, 2)`` float32          crop pixels, 0 where not annotated; left and right are
+                                              swapped in a flipped crop
+    visibility    ``(K,)`` uint8              0 not annotated, 1 occluded, 2 visible
+    valid         ``(K,)`` bool               annotated and inside the crop, for losses
+    to_image      ``(2, 3)`` float32          matrix from crop pixels to image pixels
+    image_joints  ``(K, 2)`` float32          image pixels, 0 where not annotated; never swapped
+    head_size     float32                     head size of PCKh in image pixels, NaN if unknown
+    flipped       bool                        the crop is flipped horizontally
+    index         int64                       index in the annotations
+    ============  ==========================  =======================================================
 
     Args:
         annotations: the people.
         size: side of the square crop in pixels.
-        augmentation: an :class:`~amil_fast.pose.data.augment.Augmentation`, or None.
-        seed: of the augmentation.
+        augmentation: random transformations, or None.
+        seed: seed of the augmentation.
         margin: side of the crop in units of the box's longer side; by default that of the annotations.
-
-    ``dataset[index]`` is sample ``index`` of epoch 0; ``dataset[epoch, index]`` of any epoch (what :class:`PoseSampler`
-    asks for). A sample is a dict of tensors:
-
-    ============  ==========================  ===================================================================
-    image         ``(3, size, size)`` uint8   RGB
-    joints        ``(K, 2)`` float32          in crop pixels, 0 where not annotated; left and right already changed
-                                              places in a mirror image
-    visibility    ``(K,)`` uint8              0 not annotated, 1 hidden, 2 visible
-    valid         ``(K,)`` bool               annotated, and inside the crop: what a loss may look at
-    to_image      ``(2, 3)`` float32          crop pixels to image pixels
-    image_joints  ``(K, 2)`` float32          in image pixels, 0 where not annotated (not swapped)
-    head_size     float32                     PCKh's size in image pixels, NaN where unknown
-    flipped       bool                        the crop is a mirror image
-    index         int64                       place in the annotations
-    ============  ==========================  ===================================================================
     """
 
-    def __init__(self, annotations, size=256, *, augmentation=None, seed=0, margin=None):
+    def __init__(
+        self,
+        annotations: Annotations,
+        size: int = 256,
+        *,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        margin: float | None = None,
+    ):
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size: expected a number of pixels, got {size!r}")
+            raise ValueError(f"size: expected a positive number of pixels, got {size!r}")
         self.annotations, self.size, self.augmentation, self.seed = annotations, size, augmentation, seed
         self.margin = annotations.margin if margin is None else margin
         self.skeleton = annotations.skeleton
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.annotations)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         index = self._index(index)
         geometry, color = self._draw(epoch, index)
@@ -86,14 +99,28 @@ class PoseDataset(torch.utils.data.Dataset):
         return warp_crop(image, to_decoded, self.size, color), matrix
 
 
-def ground_truth(joints, visibility, matrix, size, *, skeleton, flip, head_size, index):
-    """What a sample of :class:`PoseDataset` holds besides its picture.
+def ground_truth(
+    joints: NDArray[np.float64],
+    visibility: NDArray[np.uint8],
+    matrix: NDArray[np.float64],
+    size: int,
+    *,
+    skeleton: Skeleton,
+    flip: bool,
+    head_size: float,
+    index: int,
+) -> dict[str, Any]:
+    """All entries of a :class:`PoseDataset` sample except the image.
 
     Args:
-        joints: ``(K, 2)`` in image pixels, NaN where not annotated; ``visibility (K,)`` uint8.
-        matrix: ``(2, 3)``, crop pixels to the image's.
-        size: side of the crop.
-        flip: the crop is a mirror image, in which left and right joints change places.
+        joints: ``(K, 2)`` in image pixels, NaN where not annotated.
+        visibility: ``(K,)`` uint8.
+        matrix: ``(2, 3)``, crop pixels to image pixels.
+        size: side of the crop in pixels.
+        skeleton: the joints.
+        flip: the crop is flipped, so that left and right joints swap.
+        head_size: head size of PCKh in image pixels.
+        index: index in the annotations.
     """
     order = list(skeleton.flip_index) if flip else slice(None)
     in_crop = transform(invert(matrix), joints)[order]

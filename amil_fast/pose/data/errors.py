@@ -1,34 +1,37 @@
-"""Bad data: an error that names file and entry, or a list of what was left out."""
+"""Reporting of invalid entries in a data set."""
 
+import os
 from dataclasses import dataclass
 
-
-class DataError(ValueError):
-    """A file that isn't what its format promises. The message starts with the file and names the entry."""
+from amil_fast.utils.files import DataError
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something that ``skip_bad`` left out: a whole entry, or one joint of it."""
+    """An entry, or one joint of it, that ``skip_bad`` excluded."""
 
     file: str
     entry: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.file}: {self.entry}: {self.reason}" if self.entry else f"{self.file}: {self.reason}"
 
 
 class Problems:
-    """Collects what is wrong with a data set: raises at the first problem, or lists them all if ``skip`` is set."""
+    """Raises at the first invalid entry, or collects all of them.
 
-    def __init__(self, skip=False):
+    Args:
+        skip: collect the entries in ``left_out`` instead of raising.
+    """
+
+    def __init__(self, skip: bool = False):
         self.skip = skip
-        self.left_out = []
+        self.left_out: list[LeftOut] = []
 
-    def report(self, file, entry, reason):
-        """One bad entry. Returns only where bad entries are to be left out."""
+    def report(self, file: str | os.PathLike, entry: str, reason: str) -> None:
+        """Reports one invalid entry; raises DataError unless ``skip`` is set."""
         problem = LeftOut(str(file), entry, reason)
         if not self.skip:
-            raise DataError(f"{problem} (skip_bad / --skip-bad leaves such entries out and lists them)")
+            raise DataError(f"{problem} (skip_bad / --skip-bad excludes such entries and lists them)")
         self.left_out.append(problem)

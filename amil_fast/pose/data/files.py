@@ -1,59 +1,54 @@
-"""Reading what others wrote: images, JSON and MATLAB files, with errors that name the file."""
+"""Images and MATLAB files, with errors that name the file."""
 
 import io
-import json
 import math
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from amil_fast.pose.data.errors import DataError
+from amil_fast.utils.files import DataError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".mpg", ".mpeg", ".webm", ".m4v", ".wmv"})
-
-
-def read_json(path):
-    """The content of a JSON file; DataError where it is missing or no JSON."""
-    path = Path(path)
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: expected a JSON file: {error}") from None
+# Bytes at the end of a file that are searched for the image's end marker; some cameras append their own data.
+_TAIL = 1 << 16
 
 
-def read_mat(path, *names, structs=False):
-    """The variables of a MATLAB file (version 4 to 7.2); DataError where it, or one of ``names``, is missing.
+def read_mat(path: str | os.PathLike, *names: str, structs: bool = False) -> dict[str, Any]:
+    """Reads the variables of a MATLAB file, version 4 to 7.2.
 
-    ``structs``: structures become objects with attributes, 1 x 1 arrays their content.
+    Args:
+        path: the file.
+        names: variables that must exist.
+        structs: return structures as objects with attributes, and 1 x 1 arrays as scalars.
+
+    Raises:
+        DataError: the file or one of ``names`` is missing, or the file is not readable.
     """
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: no such file")
     try:
         content = loadmat(path, squeeze_me=structs, struct_as_record=not structs)
     except NotImplementedError:
-        raise DataError(f"{path}: a MATLAB 7.3 file; save it with -v7") from None
+        raise DataError(f"{path}: expected MATLAB version 7.2 or older, got 7.3; save the file with -v7") from None
     except (ValueError, TypeError, OSError, EOFError, IndexError, KeyError, MemoryError, MatReadError) as error:
         raise DataError(f"{path}: expected a MATLAB file: {error}") from None
     for name in names:
         if name not in content:
-            there = ", ".join(sorted(key for key in content if not key.startswith("__"))) or "nothing"
-            raise DataError(f"{path}: expected a variable {name!r}, found {there}")
+            found = ", ".join(sorted(key for key in content if not key.startswith("__"))) or "none"
+            raise DataError(f"{path}: expected a variable {name!r}, found {found}")
     return content
 
 
-def safe_path(root, name):
-    """``root / name``, for a name from an annotation file; ValueError where it could leave ``root``."""
+def safe_path(root: str | os.PathLike, name: str) -> Path:
+    """``root / name`` for a name from an annotation file; raises ValueError if it could point outside ``root``."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"expected the name of a file, got {name!r}")
     windows = PureWindowsPath(name)
@@ -64,30 +59,29 @@ def safe_path(root, name):
     return Path(root) / name
 
 
-# The end marker of an image is looked for in so many last bytes; some cameras append data of their own.
-_TAIL = 1 << 16
+def why_truncated(head: bytes, tail: bytes) -> str | None:
+    """Reason why an encoded JPEG or PNG is incomplete, None if it is complete or of another format.
 
+    Decoders fill the missing part of a truncated JPEG with gray and report nothing.
 
-def why_truncated(head, tail):
-    """None where an encoded image reaches its own end, else the reason. JPEG and PNG; others are left to the decoder.
-
-    ``head`` and ``tail``: its first and last bytes, which may be the same. Decoders fill what is missing of a truncated
-    JPEG with gray and say nothing.
+    Args:
+        head, tail: first and last bytes of the file; they may overlap.
     """
     if head[:2] == b"\xff\xd8":
-        # The last start of scan; stuffing keeps this pair out of the coded data.
+        # Compare with the last start of scan; byte stuffing excludes both markers from the coded data.
         end, scan = tail.rfind(b"\xff\xd9"), tail.rfind(b"\xff\xda")
         if end < 0 or end < scan:
-            return "truncated JPEG file: its end marker is missing"
+            return "truncated JPEG file: end marker missing"
     elif head[:8] == b"\x89PNG\r\n\x1a\n" and tail.rfind(b"IEND") < 0:
-        return "truncated PNG file: its last chunk is missing"
+        return "truncated PNG file: last chunk missing"
     return None
 
 
-def image_size(path):
-    """``(width, height)`` in pixels as stored; DataError where the file is missing, truncated or no image.
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """``(width, height)`` in pixels as stored, from the file's header and end only.
 
-    Looks at the file's header and end only.
+    Raises:
+        DataError: the file is missing, truncated or not an image.
     """
     try:
         with open(path, "rb") as file:
@@ -98,32 +92,31 @@ def image_size(path):
             file.seek(max(0, length - _TAIL))
             reason = why_truncated(head, file.read())
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such image") from None
+        raise DataError(f"{path}: no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.strerror:
-            raise DataError(f"{path}: can't be read: {error.strerror}") from None
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         raise DataError(f"{path}: expected an image ({type(error).__name__})") from None
     if reason:
         raise DataError(f"{path}: {reason}")
     return size
 
 
-def read_image(path, *, upright=False, shrink=1.0):
-    """Decodes an image file to ``(H, W, 3)`` uint8, **BGR** as OpenCV has it.
+def read_image(path: str | os.PathLike, *, upright: bool = False, shrink: float = 1.0) -> tuple[NDArray[Any], int]:
+    """Decodes an image file.
 
     Args:
         path: the file.
-        upright: obey the camera's orientation tag. Annotations refer to the pixels as stored; photographs of users are
-            to be turned.
-        shrink: how many times larger than needed the picture is. From 2 on a JPEG is decoded at 1/2, 1/4 or 1/8 of
-            its size, which is several times faster and free of aliasing.
+        upright: apply the EXIF orientation. Off for annotated images, whose annotations refer to the pixels as stored.
+        shrink: factor by which the caller will shrink the image. From 2 on a JPEG is decoded at 1/2, 1/4 or 1/8 of its
+            size, which is several times faster and does not alias.
 
     Returns:
-        ``(image, reduction)``: pixel (x, y) of the returned image is the mean of ``reduction`` x ``reduction`` stored
-        pixels, its center at ``reduction * x + (reduction - 1) / 2`` of the file's.
+        ``(image, reduction)``: ``(H, W, 3)`` uint8 **BGR** as in OpenCV. Pixel (x, y) is the mean of ``reduction`` x
+        ``reduction`` stored pixels with its center at ``reduction * x + (reduction - 1) / 2`` of the file's.
 
     Raises:
-        DataError: missing, unreadable, truncated, or no image.
+        DataError: the file is missing, unreadable, truncated or not an image.
     """
     data = _read_bytes(path)
     if reason := why_truncated(data, data):
@@ -139,12 +132,12 @@ def read_image(path, *, upright=False, shrink=1.0):
     }[reduction]
     image = decode_image(data, flags | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION))
     if image is None:
-        raise DataError(f"{path}: expected an image, its content can't be decoded")
+        raise DataError(f"{path}: expected an image, cannot be decoded")
     return image, reduction
 
 
-def decode_image(data, flags=cv2.IMREAD_COLOR):
-    """Encoded bytes, or a uint8 array of them, to ``(H, W, 3)`` uint8 BGR; None where they can't be decoded."""
+def decode_image(data: bytes | NDArray[np.uint8], flags: int = cv2.IMREAD_COLOR) -> NDArray[Any] | None:
+    """Decodes an encoded image to ``(H, W, 3)`` uint8 BGR; None if that fails."""
     buffer = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     try:
         return cv2.imdecode(buffer, flags) if len(buffer) else None
@@ -156,6 +149,6 @@ def _read_bytes(path):
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such image") from None
+        raise DataError(f"{path}: no such image") from None
     except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,25 +1,43 @@
-"""A folder of images without ground truth, with boxes from a JSON file or the whole image."""
+"""A folder of images without ground truth."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.errors import DataError, Problems
-from amil_fast.pose.data.video import Boxes, find_inputs, is_image
-from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.pose.data.boxes import Boxes
+from amil_fast.pose.data.errors import Problems
+from amil_fast.pose.data.inputs import find_inputs, is_image
+from amil_fast.pose.skeletons import Skeleton, get_skeleton
+from amil_fast.utils.files import DataError
 
 
-def load_folder(root, boxes=None, *, skeleton="lsp14", margin=None, skip_bad=False):
-    """People in the images below ``root``: one for each box of the JSON file ``boxes`` (see
-    :class:`~amil_fast.pose.data.video.Boxes`), or one covering each whole image.
+def load_folder(
+    root: str | os.PathLike,
+    boxes: str | os.PathLike | None = None,
+    *,
+    skeleton: str | Skeleton | dict[str, Any] = "lsp14",
+    margin: float | None = None,
+    skip_bad: bool = False,
+) -> Annotations:
+    """Loads the images below a folder; no joint is annotated.
 
-    ``margin`` is by default 1.25 around boxes and 1 around whole images. No joint is annotated. Returns
-    :class:`Annotations`; raises DataError naming file and entry.
+    Args:
+        root: the folder, searched recursively.
+        boxes: JSON file of bounding boxes (see :class:`~amil_fast.pose.data.Boxes`), one person each; None: one person
+            per image, with the whole image as the crop.
+        skeleton: the joints.
+        margin: side of the crop in units of the box's longer side; by default 1.25, and 1 for whole images.
+        skip_bad: exclude and list invalid entries instead of raising.
+
+    Raises:
+        DataError: invalid files; the message names file and entry.
     """
     root, skeleton = Path(root), get_skeleton(skeleton)
     if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder")
+        raise DataError(f"{root}: no such folder")
     names = [str(name) for file, name in find_inputs([root]) if is_image(file)]
     table = Boxes(boxes)
     people = [(name, box) for name in names for box in table.of(name)]

@@ -1,37 +1,46 @@
-"""Leeds Sports Pose and its extended training set, as published: ``images/`` beside ``joints.mat``.
+"""Leeds Sports Pose (LSP) and its extended training set (LSPET), as published: ``joints.mat`` and ``images/``.
 
-The two files differ: LSP has ``joints (3, 14, S)``, the third row 1 where a joint is *hidden* (all are annotated);
-LSPET has ``joints (14, 3, S)``, the third row 1 where a joint is *annotated* (the coordinates of the others mean
-nothing).
+The two files differ. LSP: ``joints (3, 14, S)``, third row 1 where a joint is *occluded*; all joints are annotated.
+LSPET: ``joints (14, 3, S)``, third row 1 where a joint is *annotated*; other coordinates are undefined.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from amil_fast.pose.codec import joints_box
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.errors import DataError, Problems
+from amil_fast.pose.data.errors import Problems
 from amil_fast.pose.data.files import read_mat
 from amil_fast.pose.skeletons import LSP14
+from amil_fast.utils.files import DataError
 
-# Crops around annotated joints leave this much room for hands, feet and hair.
+# Margin around the annotated joints, for hands, feet and hair.
 _JOINTS_MARGIN = 1.25
 _LSPET_VALIDATION = 500
 
 
-def load_lsp(root, split="train", *, crop="image", skip_bad=False, check_images=True):
-    """LSP: the first half (published: 1,000 of 2,000) for ``"train"``, the rest for ``"test"``, or ``"all"``.
+def load_lsp(
+    root: str | os.PathLike,
+    split: str = "train",
+    *,
+    crop: str = "image",
+    skip_bad: bool = False,
+    check_images: bool = True,
+) -> Annotations:
+    """Loads LSP.
 
     Args:
         root: folder with ``joints.mat`` and ``images/im0001.jpg``, ...
-        crop: ``"image"``: the crop covers the whole image, as test crops must, which may know nothing of the joints;
-            ``"joints"``: it is put around the annotated joints.
-        skip_bad: leave out and list what is bad instead of raising.
-        check_images: see that the images are there and whole; without, only the joints are of use.
+        split: ``"train"``, the first half (1,000 of the 2,000 published images), ``"test"``, the rest, or ``"all"``.
+        crop: ``"image"`` crops the whole image, independently of the joints, as test crops must be; ``"joints"`` crops
+            the bounding box of the annotated joints.
+        skip_bad: exclude and list invalid entries instead of raising.
+        check_images: verify that the images exist and are complete.
 
-    Returns:
-        :class:`Annotations`. Raises DataError naming file and entry.
+    Raises:
+        DataError: invalid files; the message names file and entry.
     """
     splits = {"train": lambda S: range((S + 1) // 2), "test": lambda S: range((S + 1) // 2, S), "all": range}
 
@@ -41,13 +50,24 @@ def load_lsp(root, split="train", *, crop="image", skip_bad=False, check_images=
     return _load(root, split, splits, crop, skip_bad, check_images, axes=(3, 14), digits=4, read=read)
 
 
-def load_lspet(root, split="train", *, crop="image", skip_bad=False, check_images=True):
-    """LSPET: all but the last 500 images for ``"train"``, these for ``"val"``, or ``"all"``. Arguments as for LSP."""
+def load_lspet(
+    root: str | os.PathLike,
+    split: str = "train",
+    *,
+    crop: str = "image",
+    skip_bad: bool = False,
+    check_images: bool = True,
+) -> Annotations:
+    """Loads LSPET; arguments as for :func:`load_lsp`.
+
+    Args:
+        split: ``"val"``, the last 500 images, ``"train"``, the others, or ``"all"``.
+    """
 
     def training(S):
         if S <= _LSPET_VALIDATION:
             raise DataError(
-                f"{Path(root) / 'joints.mat'}: {S} entries; the last {_LSPET_VALIDATION} are for validation"
+                f"{Path(root) / 'joints.mat'}: expected more than the {_LSPET_VALIDATION} validation entries, got {S}"
             )
         return S - _LSPET_VALIDATION
 
@@ -71,17 +91,17 @@ def _load(root, split, splits, crop, skip_bad, check_images, *, axes, digits, re
         raise ValueError(f"crop: expected 'image' or 'joints', got {crop!r}")
     source = root / "joints.mat"
     raw = read_mat(source, "joints")["joints"]
-    if raw.ndim == 2:  # MATLAB drops the last axis of a single entry
+    if raw.ndim == 2:  # MATLAB drops a trailing axis of length 1
         raw = raw[..., None]
     if raw.ndim != 3 or raw.shape[:2] != axes or raw.dtype.kind not in "fiu":
-        other = {(14, 3): " (the order of LSPET)", (3, 14): " (the order of LSP)"}.get(raw.shape[:2], "")
+        other = {(14, 3): " (the layout of LSPET)", (3, 14): " (the layout of LSP)"}.get(raw.shape[:2], "")
         raise DataError(f"{source}: joints: expected {axes[0]} x {axes[1]} x images, got {raw.shape}{other}")
     joints, visibility = read(raw.astype(np.float64))
     S = len(joints)
     problems = Problems(skip_bad)
     files = len(list((root / "images").glob("im*.jpg")))
     if check_images and files != S:
-        problems.report(source, "", f"it has {S} entries, but {root / 'images'} holds {files} files im*.jpg")
+        problems.report(source, "", f"{S} entries, but {root / 'images'} holds {files} files im*.jpg")
 
     images = [f"images/im{i + 1:0{digits}d}.jpg" for i in range(S)]
     boxes = np.full((S, 4), np.nan)

@@ -1,17 +1,21 @@
-"""MPII Human Pose: the JSON files of HRNet with ``gt_valid.mat``, and the official MATLAB file.
+"""MPII Human Pose: HRNet's JSON files with ``gt_valid.mat``, and the official MATLAB file.
 
-Both count pixels from 1; here the upper left pixel is (0, 0). A person's box is the square around ``center`` of 200 x
-``scale`` x 1.25 pixels, the center moved down by 15 x ``scale``, as everybody does since Newell et al.
+Both count pixels from 1; :class:`Annotations` count from 0. As in Newell et al., a person's crop is the square of side
+1.25 x 200 x ``scale`` pixels around ``center``, shifted down by 15 x ``scale``.
 """
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.errors import DataError, Problems
-from amil_fast.pose.data.files import read_json, read_mat
+from amil_fast.pose.data.errors import Problems
+from amil_fast.pose.data.files import read_mat
 from amil_fast.pose.skeletons import MPII16
+from amil_fast.utils.files import DataError, read_json
 
 _K = MPII16.num_joints
 _PIXELS_PER_SCALE = 200.0
@@ -19,20 +23,28 @@ _MARGIN = 1.25
 _MATLAB_FILE = "mpii_human_pose_v1_u12_1.mat"
 
 
-def load_mpii(root, split="train", *, skip_bad=False, check_images=True, annotations=None, head_boxes=None):
-    """MPII from HRNet's JSON files: ``annot/<split>.json`` and ``images/``.
+def load_mpii(
+    root: str | os.PathLike,
+    split: str = "train",
+    *,
+    skip_bad: bool = False,
+    check_images: bool = True,
+    annotations: str | os.PathLike | None = None,
+    head_boxes: str | os.PathLike | None = None,
+) -> Annotations:
+    """Loads MPII from HRNet's JSON files, ``annot/<split>.json`` and ``images/``.
 
     Args:
         root: the data set's folder.
         split: ``"train"``, ``"valid"`` (Tompson's 2,958 people), ``"trainval"`` or ``"test"`` (no joints).
-        skip_bad: leave out and list what is bad instead of raising.
-        check_images: see that the images are there and whole; without, only the joints are of use.
-        annotations: the JSON file, where it lies elsewhere.
-        head_boxes: ``gt_valid.mat``, for the split ``"valid"``; by default ``annot/gt_valid.mat`` where it exists.
-            Without it the head size is computed from upper neck and head top.
+        skip_bad: exclude and list invalid entries instead of raising.
+        check_images: verify that the images exist and are complete.
+        annotations: the JSON file, if elsewhere.
+        head_boxes: ``gt_valid.mat`` for the split ``"valid"``; by default ``annot/gt_valid.mat`` if it exists. Without
+            it, head sizes are computed from upper neck and head top.
 
-    Returns:
-        :class:`Annotations`. Raises DataError naming file and entry.
+    Raises:
+        DataError: invalid files; the message names file and entry.
     """
     root = Path(root)
     splits = ("train", "valid", "trainval", "test")
@@ -52,17 +64,17 @@ def load_mpii(root, split="train", *, skip_bad=False, check_images=True, annotat
             problems.report(source, f"entry {i}", _reason(error))
     boxes = None
     if split == "valid":
-        head_boxes = Path(head_boxes) if head_boxes else root / "annot" / "gt_valid.mat"
-        if head_boxes.exists():
-            boxes = read_head_boxes(head_boxes)
+        box_file = Path(head_boxes) if head_boxes else root / "annot" / "gt_valid.mat"
+        if box_file.exists():
+            boxes = read_head_boxes(box_file)
             if len(boxes) != len(rows):
-                raise DataError(f"{head_boxes}: {len(boxes)} head boxes, but {source} has {len(rows)} people")
+                raise DataError(f"{box_file}: {len(boxes)} head boxes, but {source} has {len(rows)} people")
             boxes = boxes[entries]
     return _annotations(source, root, people, entries, boxes, problems, check_images)
 
 
-def read_head_boxes(path):
-    """``headboxes_src`` of a MATLAB file as ``(S, 4)`` float64 (x1, y1, x2, y2)."""
+def read_head_boxes(path: str | os.PathLike) -> NDArray[np.float64]:
+    """Reads ``headboxes_src`` of a MATLAB file: ``(S, 4)`` (x1, y1, x2, y2)."""
     raw = read_mat(path, "headboxes_src")["headboxes_src"]
     if raw.ndim == 2:
         raw = raw[..., None]
@@ -71,18 +83,29 @@ def read_head_boxes(path):
     return raw.transpose(2, 0, 1).reshape(-1, 4).astype(np.float64)
 
 
-def load_mpii_mat(root, split="trainval", *, skip_bad=False, check_images=True, annotations=None, tompson=None):
-    """MPII from the official MATLAB file.
+def load_mpii_mat(
+    root: str | os.PathLike,
+    split: str = "trainval",
+    *,
+    skip_bad: bool = False,
+    check_images: bool = True,
+    annotations: str | os.PathLike | None = None,
+    tompson: str | os.PathLike | None = None,
+) -> Annotations:
+    """Loads MPII from the official MATLAB file.
 
     Args:
         root: folder with ``mpii_human_pose_v1_u12_1.mat`` and ``images/``.
-        split: ``"trainval"``: everybody annotated in a training image; ``"valid"``: Tompson's validation people;
-            ``"train"``: the others; ``"test"``: people of test images that have a place and a scale.
-        skip_bad: leave out and list what is bad instead of raising.
-        check_images: see that the images are there and whole; without, only the joints are of use.
-        annotations: the MATLAB file, where it lies elsewhere.
+        split: ``"trainval"``, all people annotated in training images; ``"valid"``, Tompson's validation people;
+            ``"train"``, the others; ``"test"``, people in test images with a position and a scale.
+        skip_bad: exclude and list invalid entries instead of raising.
+        check_images: verify that the images exist and are complete.
+        annotations: the MATLAB file, if elsewhere.
         tompson: file with ``RELEASE_img_index`` and ``RELEASE_person_index`` (``detections.mat`` of Tompson's split),
-            for ``"train"`` and ``"valid"``.
+            required for ``"train"`` and ``"valid"``.
+
+    Raises:
+        DataError: invalid files; the message names file and entry.
     """
     root = Path(root)
     splits = ("train", "valid", "trainval", "test")
@@ -107,14 +130,14 @@ def load_mpii_mat(root, split="trainval", *, skip_bad=False, check_images=True, 
             if split in ("train", "valid") and ((i, j) in held_out) != (split == "valid"):
                 continue
             if not _listed(getattr(rect, "objpos", None)) or not np.size(getattr(rect, "scale", ())):
-                continue  # MPII marks people of a crowd by leaving these out
+                continue  # people in a crowd have neither
             points = _listed(getattr(getattr(rect, "annopoints", None), "point", None))
             if not points and split != "test":
                 continue
             try:
                 people.append(_person_of_rect(image.image.name, rect, points))
                 entries.append((i, j))
-                corners = [getattr(rect, name, ()) for name in ("x1", "y1", "x2", "y2")]
+                corners: list[Any] = [getattr(rect, name, ()) for name in ("x1", "y1", "x2", "y2")]
                 boxes.append([float(corner) if np.size(corner) else np.nan for corner in corners])
             except (AttributeError, TypeError, ValueError, IndexError) as error:
                 problems.report(source, f"image {i}, person {j}", _reason(error))
@@ -122,7 +145,7 @@ def load_mpii_mat(root, split="trainval", *, skip_bad=False, check_images=True, 
 
 
 def _listed(value):
-    """What squeeze_me left of an array of structures as a list."""
+    """An array of structures, as squeezed by ``squeeze_me``, as a list."""
     if value is None:
         return []
     return [value] if not isinstance(value, np.ndarray) else list(value.reshape(-1))
@@ -130,11 +153,11 @@ def _listed(value):
 
 def _tompson_people(path, num_images):
     if path is None:
-        raise ValueError("tompson: expected the file that lists Tompson's validation people for this split, got None")
+        raise ValueError("tompson: expected the file with Tompson's validation people for this split, got None")
     content = read_mat(path, "RELEASE_img_index", "RELEASE_person_index")
     images, people = (content[key].reshape(-1).astype(int) for key in ("RELEASE_img_index", "RELEASE_person_index"))
     if len(images) != len(people) or (len(images) and not 1 <= images.min() <= images.max() <= num_images):
-        raise DataError(f"{path}: its image and person numbers don't fit the {num_images} images of the data set")
+        raise DataError(f"{path}: image or person numbers do not match the {num_images} images of the data set")
     return set(zip((images - 1).tolist(), (people - 1).tolist(), strict=True))
 
 
@@ -163,7 +186,7 @@ def _person_of_rect(name, rect, points):
 
 def _person(name, center, scale, joints, visibility):
     if not (np.isfinite(center).all() and np.isfinite(scale) and scale > 0):
-        raise ValueError(f"expected a center and a scale above 0, got {center.tolist()}, {scale}")
+        raise ValueError(f"expected a finite center and a positive scale, got {center.tolist()}, {scale}")
     side = _PIXELS_PER_SCALE * scale
     x, y = center - 1 + np.array([0.0, 15 * scale])
     return name, joints, visibility, (x + 0.5 - side / 2, y + 0.5 - side / 2, side, side)
@@ -191,9 +214,8 @@ def _annotations(source, root, people, entries, head_boxes, problems, check_imag
     )
 
     def entry_name(i):
-        return (
-            f"image {entries[i][0]}, person {entries[i][1]}" if isinstance(entries[i], tuple) else f"entry {entries[i]}"
-        )
+        entry = entries[i]
+        return f"image {entry[0]}, person {entry[1]}" if isinstance(entry, tuple) else f"entry {entry}"
 
     return result.check(problems, entry_name, check_images)
 

@@ -1,12 +1,17 @@
-"""Data sets by name, as the command line knows them."""
+"""Data sets by name, for the command line and training configurations."""
 
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from amil_fast.pose.data.annotations import Annotations
 from amil_fast.pose.data.coco import load_coco
-from amil_fast.pose.data.errors import DataError
 from amil_fast.pose.data.lsp import load_lsp, load_lspet
 from amil_fast.pose.data.mpii import load_mpii, load_mpii_mat
+from amil_fast.utils.files import DataError
 
-# name -> (loader, the split that is trained on, the split that is scored)
-DATASETS = {
+# name -> (loader, training split, evaluation split)
+DATASETS: Mapping[str, tuple[Callable[..., Annotations], str, str]] = {
     "lsp": (load_lsp, "train", "test"),
     "lspet": (load_lspet, "train", "val"),
     "mpii": (load_mpii, "train", "valid"),
@@ -15,22 +20,26 @@ DATASETS = {
 }
 
 
-def load(name, root, split=None, *, training=False, **options):
-    """The people of a data set.
+def load(
+    name: str, root: str | os.PathLike, split: str | None = None, *, training: bool = False, **options: Any
+) -> Annotations:
+    """Loads the annotations of a data set.
 
     Args:
         name: a key of :data:`DATASETS`.
-        root: its folder, in the layout it was published in.
-        split: one of the data set's; by default the one that is trained on or scored.
-        training: which default.
-        options: for the data set's loader (``skip_bad``, ``crop``, ``annotations``, ...).
+        root: its folder, in the published layout.
+        split: a split of the data set; by default its evaluation split, or its training split with ``training``.
+        training: selects the default split.
+        options: arguments of the data set's loader (``skip_bad``, ``crop``, ``annotations``, ...).
 
-    Returns :class:`~amil_fast.pose.data.annotations.Annotations`. Raises DataError naming file and entry.
+    Raises:
+        ValueError: unknown data set or split.
+        DataError: invalid files, or no usable person; the message names file and entry.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset: expected one of {', '.join(map(repr, DATASETS))}, got {name!r}")
     loader, train, test = DATASETS[name]
     people = loader(root, split or (train if training else test), **options)
     if not len(people):
-        raise DataError(f"{people.source}: no usable person is left in the split {split or 'chosen by default'!r}")
+        raise DataError(f"{people.source}: no usable person in the split {split or (train if training else test)!r}")
     return people

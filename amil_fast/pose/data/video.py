@@ -1,34 +1,46 @@
-"""Frames of videos, images of folders, and the boxes of people in them."""
+"""Frames of videos, and crops of the people in them."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from amil_fast.pose.codec import crop_matrix
 from amil_fast.pose.data.augment import warp_crop
-from amil_fast.pose.data.errors import DataError
-from amil_fast.pose.data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_json
+from amil_fast.pose.data.boxes import Boxes
+from amil_fast.utils.files import DataError
+
+# This many consecutive frames that cannot be decoded are treated as the end of the file.
+_MAX_FAILURES = 25
 
 
 class VideoFrames:
-    """The frames of a video file, in order.
+    """Frames of a video file, in order.
 
-    Iterating yields ``(number, frame)``: the frame ``(H, W, 3)`` uint8 BGR, upright, or None where it can't be decoded
-    and the rest goes on. ``rate`` is in frames per second, ``expected`` the number of frames the file's header
-    promises (0 where it promises nothing), ``missing`` (after the iteration) how many of these never came: containers
-    drop what is broken without saying which.
+    Iteration yields ``(number, frame)`` with ``frame`` ``(H, W, 3)`` uint8 BGR, upright, or None for a frame that
+    cannot be decoded while later ones can.
+
+    Args:
+        path: the video file.
+
+    Attributes:
+        rate: frames per second.
+        expected: number of frames according to the file's header, 0 if unknown.
+        missing: after iteration, the difference between ``expected`` and the frames delivered. Demuxers drop damaged
+            frames without reporting which.
+
+    Raises:
+        DataError: the file does not exist or cannot be opened.
     """
 
-    # So many frames in a row that can't be decoded are taken for the end of the file.
-    _PATIENCE = 25
-
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if not self.path.is_file():
-            raise DataError(f"{self.path}: there is no such video")
+            raise DataError(f"{self.path}: no such video")
         capture = self._open()
         self.rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
         self.expected = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -38,19 +50,19 @@ class VideoFrames:
     def _open(self):
         capture = cv2.VideoCapture(str(self.path))
         if not capture.isOpened():
-            raise DataError(f"{self.path}: expected a video, it can't be opened (damaged, or a format unknown here)")
+            raise DataError(f"{self.path}: expected a video, cannot be opened (damaged, or an unsupported format)")
         return capture
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, NDArray[np.uint8] | None]]:
         capture = self._open()
         number, failures = 0, 0
         try:
             while True:
                 try:
-                    there, frame = capture.read()
+                    decoded, frame = capture.read()
                 except cv2.error:
-                    there, frame = False, None
-                if there and frame is not None:
+                    decoded, frame = False, None
+                if decoded and frame is not None:
                     for lost in range(failures):
                         yield number + lost, None
                     number += failures
@@ -59,123 +71,42 @@ class VideoFrames:
                     number += 1
                     continue
                 failures += 1
-                if number + failures > self.expected or failures > self._PATIENCE:
+                if number + failures > self.expected or failures > _MAX_FAILURES:
                     break
         finally:
             capture.release()
         self.missing = max(0, self.expected - number)
 
 
-def find_inputs(paths):
-    """Files and folders (searched to the bottom) to a list of ``(file, name)``: images and videos, in a stable order.
-
-    ``name`` is the file's path relative to the folder it was found in. DataError for a path that isn't there and for a
-    file of unknown kind; what else lies in a folder is passed over.
-    """
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if is_image(file) or is_video(file))
-            found += [(file, file.relative_to(path)) for file in inside if not file.name.startswith(".")]
-        elif not path.exists():
-            raise DataError(f"{path}: there is no such file or folder")
-        elif is_image(path) or is_video(path):
-            found.append((path, Path(path.name)))
-        else:
-            kinds = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-            raise DataError(f"{path}: expected an image or a video ({kinds})")
-    return found
-
-
-def is_image(path):
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def is_video(path):
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-class Boxes:
-    """Boxes of people from a JSON file, by image and frame; the whole image where the file is None.
-
-    The file is one of
-
-    - an object: file name -> list of boxes ``[x, y, width, height]``;
-    - a list of rows with ``bbox`` and ``file_name`` (or ``image_id``: a name, or a number that is the file's stem, as
-    in
-      COCO), for videos with ``frame`` too (without it the box holds for all frames). COCO result rows are such rows.
-    """
-
-    def __init__(self, path=None):
-        self.path = None if path is None else Path(path)
-        self._boxes = {}
-        if self.path is not None:
-            self._read(read_json(self.path))
-
-    def _read(self, content):
-        if isinstance(content, dict):
-            rows = [
-                (f"{name!r}, box {i}", {"file_name": name, "bbox": box})
-                for name, boxes in content.items()
-                for i, box in enumerate(boxes if isinstance(boxes, list) else [None])
-            ]
-        elif isinstance(content, list):
-            rows = [(f"row {i}", row) for i, row in enumerate(content)]
-        else:
-            raise DataError(f"{self.path}: expected an object or a list, got {type(content).__name__}")
-        for entry, row in rows:
-            try:
-                box = np.array(row["bbox"], np.float64)
-                name = row["file_name"] if "file_name" in row else row["image_id"]
-                frame = row.get("frame")
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{self.path}: {entry}: expected bbox and file_name or image_id ({error!r})") from None
-            if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] <= 0).any():
-                raise DataError(
-                    f"{self.path}: {entry}: expected [x, y, width, height], both above 0, got {row['bbox']}"
-                )
-            self._boxes.setdefault((_key(name), frame), []).append(box)
-
-    def of(self, name, frame=None):
-        """``(n, 4)`` float64 boxes in that image or frame, n = 0 where nobody is; NaN for the whole image."""
-        if self.path is None:
-            return np.full((1, 4), np.nan)
-        found = []
-        for key in dict.fromkeys((_key(str(name)), _key(Path(name).name), _key(Path(name).stem))):
-            for when in dict.fromkeys((frame, None)):
-                found += self._boxes.get((key, when), [])
-            if found:
-                break
-        return np.array(found).reshape(-1, 4)
-
-
-def _key(name):
-    # COCO names its files by the zero-filled image id.
-    text = str(name)
-    return int(text) if text.isdecimal() else text
-
-
 class VideoPeople(torch.utils.data.IterableDataset):
     """Crops of the people in the frames of videos, in order.
 
+    Iteration yields dicts: ``image (3, size, size)`` uint8 RGB, ``to_image (2, 3)`` float32 from crop pixels to frame
+    pixels, ``box (4,)`` float64, ``video`` the index in ``paths``, ``frame`` the frame number. DataLoader workers share
+    the work by video. Frames that cannot be decoded are skipped; a video that cannot be opened raises DataError.
+
     Args:
         paths: the video files.
-        boxes: JSON file of boxes (see :class:`Boxes`), or None: one crop of each whole frame.
+        boxes: JSON file of bounding boxes (see :class:`~amil_fast.pose.data.Boxes`); None crops each whole frame.
         size: side of the square crop in pixels.
         margin: side of the crop in units of the box's longer side; by default 1.25, and 1 for whole frames.
-        every: take every so many-th frame.
-
-    Yields dicts: ``image (3, size, size)`` uint8 RGB, ``to_image (2, 3)`` float32 from crop pixels to the frame's,
-    ``box (4,)`` float64, ``video`` the place in ``paths``, ``frame`` its number. Several workers take turns by video.
-    Frames that can't be decoded are passed over; a video that can't be opened raises DataError.
+        every: stride over the frames.
     """
 
-    def __init__(self, paths, boxes=None, *, size=256, margin=None, every=1):
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike],
+        boxes: str | os.PathLike | None = None,
+        *,
+        size: int = 256,
+        margin: float | None = None,
+        every: int = 1,
+    ):
         self.paths, self.size, self.every = [Path(path) for path in paths], size, every
         self.margin = margin if margin is not None else 1.0 if boxes is None else 1.25
         self._boxes = Boxes(boxes)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for video in range(first, len(self.paths), step):
@@ -193,38 +124,3 @@ class VideoPeople(torch.utils.data.IterableDataset):
                         "video": torch.tensor(video),
                         "frame": torch.tensor(number),
                     }
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video of UCF11: its file, class, and group (clips of a group share actor or background)."""
-
-    path: Path
-    label: str
-    group: str
-
-    def frames(self):
-        """The clip's frames, as :class:`VideoFrames`."""
-        return VideoFrames(self.path)
-
-
-def find_ucf11(root, classes=None):
-    """UCF YouTube Action: ``<root>/<class>/<group>/<clip>.mpg`` (or .avi), in a stable order.
-
-    ``classes``: only these. Folders without videos (the annotations) are passed over. Raises DataError where there are
-    none.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder")
-    clips = [
-        Clip(path, path.parts[-3], path.parts[-2])
-        for path in sorted(root.glob("*/*/*"))
-        if is_video(path) and (classes is None or path.parts[-3] in classes)
-    ]
-    for label in classes or ():
-        if not any(clip.label == label for clip in clips):
-            raise DataError(f"{root / label}: expected videos at {label}/<group>/<clip>.mpg, found none")
-    if not clips:
-        raise DataError(f"{root}: expected videos at <class>/<group>/<clip>.mpg, found none")
-    return clips

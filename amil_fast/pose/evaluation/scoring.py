@@ -18,9 +18,9 @@ from amil_fast.metrics.modules import (
     head_size,
 )
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.errors import DataError
-from amil_fast.pose.data.files import read_json, read_mat
+from amil_fast.pose.data.files import read_mat
 from amil_fast.pose.skeletons import LSP14, MPII16, Skeleton, get_skeleton
+from amil_fast.utils.files import DataError, read_json
 
 
 @dataclass

@@ -16,10 +16,12 @@ import torch
 
 from amil_fast.pose.codec import crop_matrix, joints_box
 from amil_fast.pose.data.augment import warp_crop
-from amil_fast.pose.data.errors import DataError
+from amil_fast.pose.data.boxes import Boxes
 from amil_fast.pose.data.files import read_image
-from amil_fast.pose.data.video import Boxes, VideoFrames, find_inputs, is_video
+from amil_fast.pose.data.inputs import find_inputs, is_video
+from amil_fast.pose.data.video import VideoFrames
 from amil_fast.pose.visualization.drawing import draw_box, draw_pose
+from amil_fast.utils.files import DataError
 
 _BOX_MARGIN = 1.25
 # Joints above this score say where the person is, if there are so many of them.
@@ -83,7 +85,7 @@ def predict(
             the same signature with ``size`` and ``skeleton``.
         inputs: files and folders.
         out: folder for ``predictions.json`` and the overlays, which keep their names (and folders).
-        boxes: JSON file of boxes (see :class:`~amil_fast.pose.data.video.Boxes`); None: one person in each whole image.
+        boxes: JSON file of boxes (see :class:`~amil_fast.pose.data.Boxes`); None: one person in each whole image.
         batch_size: crops the network sees at once.
         overlays: write pictures and videos with the poses over them.
         min_score: joints below it are not drawn (they are in the results all the same).

@@ -1,16 +1,20 @@
-"""Feature extractors: an image in, a feature map at a quarter of its resolution out."""
+"""Backbones: feature maps at a quarter of the image resolution."""
 
+import os
 import re
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-def make_backbone(name, features):
-    """A backbone by name, with ``features`` channels out.
+def make_backbone(name: str, features: int) -> nn.Module:
+    """Creates a backbone.
 
-    ``resnet18``, ``resnet18s``, ``resnet34``, ``resnet50``: :class:`ResNetBackbone`; ``hourglassS`` (S a number): S
-    stacked hourglasses, :class:`HourglassBackbone`.
+    Args:
+        name: ``"resnet18"``, ``"resnet18s"``, ``"resnet34"``, ``"resnet50"`` (:class:`ResNetBackbone`), or
+            ``"hourglassS"`` with S stacks (:class:`HourglassBackbone`).
+        features: output channels.
     """
     if name in _RESNETS:
         return ResNetBackbone(name, features)
@@ -20,24 +24,27 @@ def make_backbone(name, features):
 
 
 class ResNetBackbone(nn.Module):
-    """A ResNet whose four stages are merged from coarse to fine (a feature pyramid's top-down path).
+    """ResNet with the top-down path of a feature pyramid network.
 
-    The ResNet's parameters carry torchvision's names, so that :meth:`load_resnet` takes ImageNet weights. At each
-    merge the coarser map is enlarged twofold (nearest), added to the stage's 1 × 1 projection, and smoothed by a 3 × 3
-    convolution.
+    The four stages are merged from coarse to fine: the coarser map is upsampled by 2 (nearest), added to the stage's
+    1 × 1 projection and smoothed by a 3 × 3 convolution. Parameters of the ResNet have torchvision's names, see
+    :meth:`load_resnet`.
 
     Args:
-        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage is as
-            wide as its third, 256 channels. In a ResNet-18 that stage holds three quarters of the parameters, for maps
-            of 4 × 4 pixels where crops have 128; there are no ImageNet weights for this one.
-        features: channels of the feature map.
-
-    ``backbone(images (B, 3, H, W)) -> (B, features, H/4, W/4)``; H and W are multiples of 32.
+        name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage has 256
+            channels like its third. In a ResNet-18 that stage holds three quarters of the parameters, for maps of 4 × 4
+            pixels at a crop size of 128. No ImageNet weights exist for ``"resnet18s"``.
+        features: output channels.
 
     Sources: He et al., CVPR 2016; Lin et al., FPN, CVPR 2017; Xiao et al., Simple Baselines, ECCV 2018.
     """
 
-    def __init__(self, name, features):
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def __init__(self, name: str, features: int):
         super().__init__()
         block, depths, channels_of = _RESNETS[name]
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
@@ -54,7 +61,8 @@ class ResNetBackbone(nn.Module):
         self.smooth = nn.ModuleList(_conv_norm_relu(features, features) for _ in widths[:-1])
         _initialize(self)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``(B, 3, H, W)`` -> ``(B, features, H/4, W/4)``; H and W are multiples of 32."""
         _check_multiple(images, 32)
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
         stages = []
@@ -63,12 +71,14 @@ class ResNetBackbone(nn.Module):
             stages.append(x)
         y = self.lateral[-1](stages[-1])
         for level in (2, 1, 0):
-            y = self.smooth[level](_double(y) + self.lateral[level](stages[level]))
+            y = self.smooth[level](_upsample(y) + self.lateral[level](stages[level]))
         return y
 
-    def load_resnet(self, path):
-        """ImageNet weights of the same ResNet, in torchvision's names, from a safetensors file; its classifier
-        (``fc.*``) is left out.
+    def load_resnet(self, path: str | os.PathLike) -> None:
+        """Loads ImageNet weights of the same ResNet.
+
+        Args:
+            path: a safetensors file with torchvision's parameter names; the classifier ``fc.*`` is ignored.
 
         Raises:
             ValueError: not a safetensors file, or the weights of another network.
@@ -77,16 +87,17 @@ class ResNetBackbone(nn.Module):
         from safetensors.torch import load_file
 
         try:
-            weights = load_file(path)
+            stored = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected a safetensors file of ResNet weights ({error})") from None
-        weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-        own = {name: value.shape for name, value in self.state_dict().items() if not name.startswith(("lat", "smo"))}
-        wrong = [name for name in sorted(own.keys() | weights.keys()) if own.get(name) != _shape(weights.get(name))]
-        wrong = [name for name in wrong if not (name.endswith("num_batches_tracked") and name not in weights)]
+        weights = {name: value for name, value in stored.items() if not name.startswith("fc.")}
+        own = {name: v for name, v in self.state_dict().items() if not name.startswith(("lateral.", "smooth."))}
+        optional = {name for name in own if name.endswith(".num_batches_tracked")}
+        wrong = (own.keys() ^ weights.keys()) - optional
+        wrong |= {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
         if wrong:
             raise ValueError(
-                f"{path}: not the weights of this ResNet: {len(wrong)} parameters differ, first {wrong[0]}"
+                f"{path}: expected the weights of this ResNet; {len(wrong)} parameters differ, first {min(wrong)}"
             )
         self.load_state_dict(weights, strict=False)
 
@@ -126,7 +137,7 @@ class _Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
 
 
-_RESNETS = {
+_RESNETS: dict[str, tuple[type[_BasicBlock] | type[_Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
     "resnet18": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet18s": (_BasicBlock, (2, 2, 2, 2), (64, 128, 256, 256)),
     "resnet34": (_BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
@@ -135,12 +146,16 @@ _RESNETS = {
 
 
 class HourglassBackbone(nn.Module):
-    """Stacked hourglasses (Newell et al., ECCV 2016), without their heatmap heads: the generator's blocks supervise.
+    """Stacked hourglasses without heatmap heads: supervision is applied to the generator's blocks.
 
-    ``backbone(images (B, 3, H, W)) -> (B, features, H/4, W/4)``; H and W are multiples of 64.
+    Args:
+        stacks: number of hourglasses.
+        features: output channels.
+
+    Source: Newell et al., ECCV 2016.
     """
 
-    def __init__(self, stacks, features):
+    def __init__(self, stacks: int, features: int):
         super().__init__()
         self.stem = nn.Sequential(
             _conv_norm_relu(3, 64, 7, stride=2),
@@ -153,7 +168,8 @@ class HourglassBackbone(nn.Module):
         )
         _initialize(self)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``(B, 3, H, W)`` -> ``(B, features, H/4, W/4)``; H and W are multiples of 64."""
         _check_multiple(images, 64)
         y = self.stem(images)
         for stack in self.stacks:
@@ -162,32 +178,36 @@ class HourglassBackbone(nn.Module):
 
 
 class Hourglass(nn.Module):
-    """Down ``depth`` times by 2 and up again.
+    """One hourglass: ``depth`` downsampling steps by 2, then as many upsampling steps.
 
     Args:
-        features: channels in and out.
-        depth: number of halvings.
-        skip: carry every resolution past the coarser ones, as Newell et al. do. Without, all that comes out has gone
-            through the coarsest map: an autoencoder.
+        features: input and output channels.
+        depth: number of downsampling steps.
+        skip: skip connection at every resolution, as in Newell et al. Without, the coarsest map is a bottleneck.
     """
 
-    def __init__(self, features, depth, skip=True):
+    def __init__(self, features: int, depth: int, skip: bool = True):
         super().__init__()
         self.skip = Residual(features, features) if skip else None
         self.down = Residual(features, features)
         self.inner = Hourglass(features, depth - 1, skip) if depth > 1 else Residual(features, features)
         self.up = Residual(features, features)
 
-    def forward(self, x):
-        y = _double(self.up(self.inner(self.down(F.max_pool2d(x, 2)))))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _upsample(self.up(self.inner(self.down(F.max_pool2d(x, 2)))))
         return y if self.skip is None else y + self.skip(x)
 
 
 class Residual(nn.Module):
-    """Newell's pre-activated bottleneck: 1 × 1 to half the width, 3 × 3, 1 × 1, added to the input (projected where
-    the width changes)."""
+    """Pre-activation bottleneck of Newell et al.: 1 × 1 to half the width, 3 × 3, 1 × 1, plus the input (projected by
+    1 × 1 if the width changes).
 
-    def __init__(self, width, features):
+    Args:
+        width: input channels.
+        features: output channels.
+    """
+
+    def __init__(self, width: int, features: int):
         super().__init__()
         half = max(1, features // 2)
         self.layers = nn.Sequential(
@@ -203,7 +223,7 @@ class Residual(nn.Module):
         )
         self.projection = nn.Conv2d(width, features, 1) if width != features else None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x) + (x if self.projection is None else self.projection(x))
 
 
@@ -226,7 +246,7 @@ def _initialize(module):
                 nn.init.zeros_(part.bias)
 
 
-def _double(x):
+def _upsample(x):
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -235,7 +255,3 @@ def _check_multiple(images, factor):
         raise ValueError(
             f"images: expected shape (B, 3, H, W) with H and W multiples of {factor}, got {tuple(images.shape)}"
         )
-
-
-def _shape(tensor):
-    return None if tensor is None else tensor.shape

@@ -1,24 +1,28 @@
-"""The pose generator: a backbone, and blocks that score every region of its feature map for every joint (PAPER §5)."""
+"""Pose generator: a backbone and stacked MI-RNet blocks that score every region of its feature map for every joint."""
 
-from typing import NamedTuple
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from amil_fast.pose.codec import STRIDE
 from amil_fast.pose.models.backbones import make_backbone
-from amil_fast.pose.models.regions import RegionStack, probability
-from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.pose.models.regions import RegionStack, check_sizes, probability
+from amil_fast.pose.skeletons import Skeleton, get_skeleton
 from amil_fast.utils import pretrained
+
+_FORMAT = "amil-pose-generator"
 
 
 class PoseOutput(NamedTuple):
-    """What every block found.
+    """Heatmaps and scores of every block of a :class:`PoseGenerator`.
 
     Attributes:
-        heatmaps: ``(L, B, K, h, w)`` float32, one set per block; L = 1 without blocks.
-        scores: ``(L, B, K, h, w)``, the regions' scores z the maps were made from, for
-            :func:`amil_fast.pose.region_loss`; None without blocks.
+        heatmaps: ``(L, B, K, h, w)`` float32, one set per block; L = 1 with ``blocks=0``.
+        scores: ``(L, B, K, h, w)``, the region scores z behind the heatmaps, for :func:`amil_fast.pose.region_loss`;
+            None with ``blocks=0``.
     """
 
     heatmaps: torch.Tensor
@@ -26,33 +30,36 @@ class PoseOutput(NamedTuple):
 
 
 class PoseGenerator(nn.Module):
-    r"""Person crops in, one heatmap per joint out.
+    r"""Heatmap network: one heatmap per joint from the crop of a person.
 
-    A backbone makes feature maps Y at a quarter of the crop's resolution. On them stand N blocks, each an MI-RNet over
-    all regions (:class:`~amil_fast.pose.models.regions.RegionBlock`): :math:`X_1 = G_1(Y)`,
-    :math:`X_n = G_n(Y, X_{n-1})`, and the bag vector is handed on as well. A heatmap value is the probability that this
-    region holds this joint, :math:`1 - e^{-\lambda h}` with :math:`h = \log(1 + e^z) \ge 0` of the region's score z.
+    A backbone computes a feature map Y at a quarter of the crop's resolution. N blocks follow, each an MI-RNet whose
+    instances are the pixels of the feature map (:class:`~amil_fast.pose.models.regions.RegionBlock`):
+    :math:`X_1 = G_1(Y)`, :math:`X_n = G_n(Y, X_{n-1})`; every block also receives the bag vector of the previous one. A
+    heatmap value is the probability that the region contains the joint, :math:`1 - e^{-\lambda h}` (Eq. 12), with
+    :math:`h = \log(1 + e^z) \ge 0` from the region's score z.
 
     Args:
-        skeleton: name of the joints to find (:data:`amil_fast.pose.skeletons.SKELETONS`).
-        input_size: side of the square crops in pixels that the network is meant for; others work too.
-        backbone: ``"resnet18"``, ``"resnet18s"`` (its last stage halved in width), ``"resnet34"``, ``"resnet50"``, or
+        skeleton: joints to predict: a name in :data:`amil_fast.pose.SKELETONS`, a :class:`~amil_fast.pose.Skeleton`, or
+            the mapping that :meth:`~amil_fast.pose.Skeleton.to_config` returns.
+        input_size: side in pixels of the square crops the network is trained for; other sizes are accepted.
+        backbone: ``"resnet18"``, ``"resnet18s"`` (last stage half as wide), ``"resnet34"``, ``"resnet50"``, or
             ``"hourglassS"`` with S stacks.
-        features: width of feature maps, regions and bag vectors.
-        blocks: N. 0: no MI-RNet, heatmaps are a 1 × 1 convolution of Y, not limited to [0, 1].
-        depth: fully connected levels in a block, each followed by the pooling.
-        pooling: ``"adjust"``, ``"mean"``, ``"max"``, any other of :data:`amil_fast.nn.POOLINGS`, or ``"none"``.
-        num_iters: T of adjust pooling.
-        residual: bag vectors add up over the levels.
-        bag_scale: factor on the poolings' vectors; 1 in the paper.
-        mil_scale: λ.
-        backend: of adjust pooling.
+        features: channels of feature maps, regions and bag vectors.
+        blocks: N. With 0 the heatmaps are a 1 × 1 convolution of Y, not limited to [0, 1].
+        depth: fully connected levels per block, each followed by the pooling.
+        pooling: a name in :data:`amil_fast.nn.POOLINGS` (``"adjust"``, ``"mean"``, ``"max"``, ...), or ``"none"``.
+        num_iters: iterations T of adjust pooling.
+        residual: accumulate the bag vectors over the levels.
+        bag_scale: factor on the pooled vectors; 1 in the publication.
+        mil_scale: λ of Eq. 12.
+        backend: backend of adjust pooling, see :func:`amil_fast.adjust_pool`.
 
-    The call ``generator(images)`` with ``images (B, 3, H, W)`` floating point, normalized by ``mean`` and ``std``, H
-    and W multiples of 32 (hourglass: 64), returns the last block's heatmaps ``(B, K, H/4, W/4)`` float32.
-    ``generator(images, all_blocks=True)`` returns a :class:`PoseOutput`.
-
-    Attributes: ``skeleton``, ``input_size``, ``stride`` (4), ``mean``, ``std`` (ImageNet's), ``config``.
+    Attributes:
+        skeleton: the :class:`~amil_fast.pose.Skeleton`.
+        input_size: as given.
+        stride: crop pixels per heatmap pixel, 4.
+        mean, std: normalization of the RGB input, ImageNet's.
+        config: JSON-serializable constructor arguments, without ``backend``.
     """
 
     stride = STRIDE
@@ -60,31 +67,29 @@ class PoseGenerator(nn.Module):
 
     def __init__(
         self,
-        skeleton="lsp14",
-        input_size=256,
+        skeleton: str | Skeleton | Mapping[str, Any] = "lsp14",
+        input_size: int = 256,
         *,
-        backbone="resnet18",
-        features=128,
-        blocks=2,
-        depth=3,
-        pooling="adjust",
-        num_iters=3,
-        residual=True,
-        bag_scale=1.0,
-        mil_scale=1.0,
-        backend="auto",
+        backbone: str = "resnet18",
+        features: int = 128,
+        blocks: int = 2,
+        depth: int = 3,
+        pooling: str = "adjust",
+        num_iters: int = 3,
+        residual: bool = True,
+        bag_scale: float = 1.0,
+        mil_scale: float = 1.0,
+        backend: str = "auto",
     ):
         super().__init__()
-        pretrained.check_sizes(
-            input_size=(input_size, 32), features=(features, 1), blocks=(blocks, 0), depth=(depth, 1)
-        )
+        check_sizes(input_size=(input_size, 32), features=(features, 1), blocks=(blocks, 0), depth=(depth, 1))
         if not mil_scale > 0:
             raise ValueError(f"mil_scale: expected a positive number, got {mil_scale}")
         self.skeleton = get_skeleton(skeleton)
         self.input_size, self.mil_scale = input_size, mil_scale
-        # What from_pretrained builds it from; where it runs (backend) is not part of what it is.
+        # Without the backend, which belongs to the machine and not to the model.
         self.config = {
-            "skeleton": self.skeleton.name,
+            "skeleton": self.skeleton.to_config(),
             "input_size": input_size,
             "backbone": backbone,
             "features": features,
@@ -112,9 +117,19 @@ class PoseGenerator(nn.Module):
         self.heatmaps = None if blocks else nn.Conv2d(features, K, 1)
         if self.heatmaps is not None:
             nn.init.normal_(self.heatmaps.weight, std=1e-3)
-            nn.init.zeros_(self.heatmaps.bias)
+            nn.init.zeros_(self.heatmaps.bias)  # type: ignore[arg-type]
 
-    def forward(self, images, all_blocks=False):
+    def forward(self, images: torch.Tensor, all_blocks: bool = False) -> torch.Tensor | PoseOutput:
+        """Predicts heatmaps.
+
+        Args:
+            images: ``(B, 3, H, W)`` floating point, RGB normalized by ``mean`` and ``std``; H and W multiples of 32
+                (hourglass: 64).
+            all_blocks: return the output of every block.
+
+        Returns:
+            Heatmaps ``(B, K, H/4, W/4)`` float32 of the last block, or a :class:`PoseOutput` with ``all_blocks``.
+        """
         Y = self.backbone(images)
         if self.heatmaps is not None:
             heatmaps = self.heatmaps(Y).float()
@@ -125,25 +140,35 @@ class PoseGenerator(nn.Module):
         scores = torch.stack(scores)
         return PoseOutput(probability(scores, self.mil_scale), scores)
 
-    def save_pretrained(self, folder, *, dtype=None, notes=None):
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``.
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` to ``folder``.
 
         Args:
-            dtype: of the stored values, such as ``torch.float16``; by default as they are.
-            notes: JSON-able (scores, data, ...), kept in ``config.json``.
+            folder: created if necessary.
+            dtype: dtype of the stored weights, such as ``torch.float16``; None keeps theirs.
+            notes: JSON-serializable facts (scores, data, ...) for ``config.json``.
         """
-        pretrained.save(self, folder, "amil-pose-generator", dtype=dtype, notes=notes)
+        pretrained.save(self, folder, _FORMAT, dtype=dtype, notes=notes)
 
     @classmethod
-    def from_pretrained(cls, path, **options):
-        """The generator in a folder that :meth:`save_pretrained` wrote (or its ``model.safetensors``), float32, in
-        evaluation mode. Nothing is unpickled.
+    def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> "PoseGenerator":
+        """Loads a generator written by :meth:`save_pretrained`, without pickle.
 
         Args:
-            options: arguments that replace the stored ones: those that change no parameter (``backend``,
-                ``input_size``, ...).
+            path: the folder, or the file ``model.safetensors`` in it.
+            options: constructor arguments that override the stored ones; only those that do not change parameters
+                (``backend``, ``input_size``, ...).
+
+        Returns:
+            The generator, float32, in evaluation mode.
 
         Raises:
-            ValueError: no such files, damaged ones, or what isn't a generator.
+            ValueError: missing or damaged files, or the files of another model.
         """
-        return pretrained.load(lambda **arguments: cls(**{**arguments, **options}), path, "amil-pose-generator")
+        return pretrained.load(lambda **arguments: cls(**{**arguments, **options}), path, _FORMAT)

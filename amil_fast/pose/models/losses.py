@@ -1,5 +1,6 @@
-"""Losses of generator and discriminator. Joints that aren't annotated count in none of the heatmap losses."""
+"""Losses of generator and discriminator. Heatmap losses exclude joints that are not annotated."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,34 +11,39 @@ from amil_fast.nn.losses import noisy_or_loss
 from amil_fast.pose.models.regions import regions
 
 
-def heatmap_loss(heatmaps, target, valid, count=None):
-    """Squared error, averaged over pixels and annotated joints, summed over blocks.
+def heatmap_loss(
+    heatmaps: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, count: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """Squared error, averaged over pixels and valid joints, summed over blocks.
 
     Args:
         heatmaps: ``(L, B, K, h, w)``, or ``(B, K, h, w)`` for one block.
         target: ``(B, K, h, w)``.
-        valid: ``(B, K)`` bool, joints that count.
-        count: number of joints to divide by; by default that of ``valid``. With several processes: the number in all
-            of them over the number of processes, so that averaged gradients are those of one process with all crops.
+        valid: ``(B, K)`` bool, joints included in the loss.
+        count: number of joints to divide by; by default the number of valid ones. In data-parallel training: the number
+            over all processes divided by the number of processes, so that averaged gradients equal those of a single
+            process with the whole batch.
 
     Returns:
-        A float32 scalar; 0 where no joint is valid.
+        A float32 scalar; 0 if no joint is valid.
     """
     _check_maps("heatmaps", heatmaps, target, valid)
-    # Before squaring: what stands in the maps of a joint without annotation must not matter, NaN included.
-    error = _only(valid, heatmaps.float() - target.float())
+    # Masked before squaring: maps of joints without annotation may hold anything, NaN included.
+    error = _mask(heatmaps.float() - target.float(), valid)
     return _mean_over_joints(error.square(), valid, count)
 
 
-def region_cross_entropy(scores, target, valid, count=None):
-    r"""Cross-entropy of the regions' probabilities with target heatmaps, averaged and summed as :func:`heatmap_loss`.
+def region_cross_entropy(
+    scores: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, count: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    r"""Cross-entropy between target heatmaps and region probabilities, averaged and summed as in :func:`heatmap_loss`.
 
-    A heatmap value is the probability q that this region holds this joint (PAPER §5); this is the instance loss (14)
-    with the target t in place of the pseudo label, less the target's own entropy, so that the best value is 0:
+    A heatmap value is the probability q that the region contains the joint (Eq. 12). This is the instance loss of
+    Eq. 14 with the target t in place of the pseudo label, minus the entropy of the target, so that the minimum is 0:
 
     .. math:: \sum t \log \frac{t}{q} + (1 - t) \log \frac{1 - t}{1 - q}, \quad q = \mathrm{sigmoid}(z)
 
-    Unlike that of the squared error, the gradient q − t does not fade where a region is wrong and sure of it.
+    The gradient q − t does not vanish at confident mistakes, unlike that of the squared error.
 
     Args:
         scores: ``(L, B, K, h, w)`` or ``(B, K, h, w)``, :attr:`amil_fast.pose.PoseOutput.scores` z of a generator with
@@ -46,96 +52,118 @@ def region_cross_entropy(scores, target, valid, count=None):
         valid, count: as for :func:`heatmap_loss`.
 
     Returns:
-        A float32 scalar; 0 where no joint is valid. Finite for every finite score.
+        A float32 scalar; 0 if no joint is valid, finite for all finite scores.
     """
     _check_maps("scores", scores, target, valid)
-    z, t = _only(valid, scores.float()), _only(valid, target.float())
+    z, t = _mask(scores.float(), valid), _mask(target.float(), valid)
     entropy = -torch.xlogy(t, t) - torch.xlogy(1 - t, 1 - t)
     excess = F.binary_cross_entropy_with_logits(z, t.expand_as(z), reduction="none") - entropy
-    return _mean_over_joints(_only(valid, excess), valid, count)
+    return _mean_over_joints(_mask(excess, valid), valid, count)
 
 
-def region_loss(scores, valid, scale=1.0):
-    """The multiple-instance loss of PAPER §4: the regions of a crop are a bag, its label for joint k is "k is annotated
-    in this crop".
+def region_loss(scores: torch.Tensor, valid: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Multiple-instance loss of the regions (Eq. 10-18).
+
+    The regions of a crop form a bag, whose label for joint k is "joint k is annotated in this crop".
 
     Args:
         scores: ``(L, B, K, h, w)``, :attr:`amil_fast.pose.PoseOutput.scores`.
-        valid: ``(B, K)`` bool.
-        scale: λ, the generator's ``mil_scale``.
+        valid: ``(B, K)`` bool, the bag labels.
+        scale: λ of Eq. 12, the generator's ``mil_scale``.
 
     Returns:
         A float32 scalar: the mean of :func:`amil_fast.nn.noisy_or_loss` over blocks, crops and joints.
     """
-    bags = regions(scores.flatten(0, 1))
-    return noisy_or_loss(bags, valid.repeat(len(scores), 1), scale=scale, reduction="mean").loss
+    instances = regions(scores.flatten(0, 1))
+    return noisy_or_loss(instances, valid.repeat(len(scores), 1), scale=scale, reduction="mean").loss
 
 
-def discriminator_losses(discriminator, real, fake, images, valid, count=None):
-    """How well the discriminator reconstructs true and generated heatmaps, ``(l_real, l_fake)`` of PAPER §6.
+def discriminator_losses(
+    discriminator: Callable[..., torch.Tensor],
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    images: torch.Tensor | None,
+    valid: torch.Tensor,
+    count: torch.Tensor | float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstruction errors of true and generated heatmaps, ``l_real`` and ``l_fake`` of Eq. 19.
 
     Args:
         discriminator: ``(heatmaps, images) -> heatmaps``.
-        real, fake: ``(B, K, h, w)``, ground truth and generated; no gradient goes to them.
-        images: ``(B, 3, H, W)``.
-        valid, count: as for :func:`heatmap_loss`. Maps of joints that aren't valid are 0 in either input: their
-            absence must not tell real from fake.
+        real, fake: ``(B, K, h, w)``, ground truth and generated heatmaps; detached.
+        images: ``(B, 3, H, W)``, or None for a discriminator without ``use_image``.
+        valid, count: as for :func:`heatmap_loss`. Maps of other joints are set to 0 in both inputs, so that missing
+            annotations do not distinguish real from fake.
+
+    Returns:
+        ``(l_real, l_fake)``, float32 scalars.
     """
-    real, fake = (_only(valid, maps.detach()) for maps in (real, fake))
-    # One pass for both: half the launches, and batch statistics that don't tell them apart.
+    real, fake = (_mask(maps.detach(), valid) for maps in (real, fake))
+    # One forward pass for both: half the launches, and shared batch statistics.
     both = discriminator(torch.cat([real, fake]), None if images is None else torch.cat([images, images]))
     found_real, found_fake = both.split(len(real))
     return heatmap_loss(found_real, real, valid, count), heatmap_loss(found_fake, fake, valid, count)
 
 
-def adversarial_loss(discriminator, heatmaps, images, valid, count=None):
-    """``l_fake`` as the generator sees it: through the discriminator's input only.
+def adversarial_loss(
+    discriminator: nn.Module,
+    heatmaps: torch.Tensor,
+    images: torch.Tensor | None,
+    valid: torch.Tensor,
+    count: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """Adversarial term of the generator: ``l_fake`` with the gradient through the discriminator's input only.
 
-    The gradient goes neither to the copy of the heatmaps that the reconstruction is compared with, nor to the
-    discriminator's parameters.
+    Neither the copy of the heatmaps on the other side of the difference nor the discriminator's parameters receive a
+    gradient.
 
     Args:
-        discriminator: not wrapped for data parallelizm (its parameters get no gradient to reduce).
-        heatmaps: ``(B, K, h, w)``, the generator's last block.
+        discriminator: the bare module, without a data-parallel wrapper (no parameter gradients to reduce).
+        heatmaps: ``(B, K, h, w)`` of the generator's last block.
         images, valid, count: as for :func:`discriminator_losses`.
+
+    Returns:
+        A float32 scalar.
     """
-    heatmaps = _only(valid, heatmaps)
+    heatmaps = _mask(heatmaps, valid)
     with _frozen(discriminator):
         return heatmap_loss(discriminator(heatmaps, images), heatmaps.detach(), valid, count)
 
 
 class Balance(nn.Module):
-    """The balance of BEGAN between the two: ``l_D = l_real − k l_fake`` (19), and after every step
-    ``k ← clip(k + ω (γ l_real − l_fake), 0, 1)`` (20).
+    """BEGAN's balance between generator and discriminator.
+
+    The discriminator's loss is ``l_D = l_real − k l_fake`` (Eq. 19); after every step
+    ``k ← clip(k + ω (γ l_real − l_fake), 0, 1)`` (Eq. 20). ``k`` is a float32 buffer on the device of the losses;
+    nothing synchronizes with the host. The defaults are those of Chou et al. 2017.
 
     Args:
-        k: value to start from.
+        k: initial value.
         step: ω.
-        gamma: γ, the ratio l_fake / l_real to be held.
-
-    The defaults are those of Chou et al. 2017. ``k`` is a float32 buffer on the losses' device: nothing is read back.
+        gamma: γ, the target ratio l_fake / l_real.
     """
 
-    def __init__(self, k=0.0, step=0.001, gamma=0.5):
+    def __init__(self, k: float = 0.0, step: float = 0.001, gamma: float = 0.5):
         super().__init__()
         if not 0 <= k <= 1:
             raise ValueError(f"k: expected 0 to 1, got {k}")
         if step < 0 or gamma < 0:
             raise ValueError(f"step, gamma: expected at least 0, got {step}, {gamma}")
         self.step, self.gamma = step, gamma
+        self.k: torch.Tensor
         self.register_buffer("k", torch.tensor(float(k)))
 
-    def loss(self, real, fake):
-        """What the discriminator minimizes (19)."""
+    def loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """The discriminator's loss (Eq. 19)."""
         return real - self.k.clone() * fake
 
     @torch.no_grad()
-    def update(self, real, fake):
-        """One step of (20), with the losses averaged over all processes."""
+    def update(self, real: torch.Tensor, fake: torch.Tensor) -> None:
+        """Updates ``k`` (Eq. 20); the losses must already be averaged over all processes."""
         self.k.add_(self.step * (self.gamma * real - fake)).clamp_(0, 1)
 
-    def convergence(self, real, fake):
-        """BEGAN's measure of convergence, ``l_real + |γ l_real − l_fake|``."""
+    def convergence(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """BEGAN's convergence measure, ``l_real + |γ l_real − l_fake|``."""
         return (real + (self.gamma * real - fake).abs()).detach()
 
 
@@ -152,12 +180,14 @@ def _mean_over_joints(values, valid, count):
     return values.mean((-1, -2)).sum() / count.clamp(min=1)
 
 
-def _only(valid, maps):
+def _mask(maps, valid):
+    """Maps ``(..., B, K, h, w)`` with those of joints that are not valid set to 0."""
     return torch.where(valid[..., None, None], maps, 0)
 
 
 @contextmanager
-def _frozen(module):
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Excludes the parameters of ``module`` from autograd; frozen ones stay frozen afterwards."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,4 +1,7 @@
-"""The block that generator and discriminator are stacked from: an MI-RNet over the regions of a feature map."""
+"""MI-RNet block over the regions of a feature map, shared by generator and discriminator."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,47 +11,47 @@ from amil_fast.nn.pooling import make_pooling
 
 
 class RegionBlock(nn.Module):
-    r"""``G_n`` of the paper: every pixel of a feature map is an instance, the map is their bag.
+    r"""Block :math:`G_n`: an MI-RNet whose bag is a feature map and whose instances are its pixels (Eq. 7-9).
 
     .. math::
         x^l = \mathrm{ReLU}(A_l x^{l-1} + B_l X^{l-1} + c_l), \quad X^l = M^l(x^l) + X^{l-1}, \quad l = 1..L
 
-    with :math:`x^0` the maps given, :math:`X^0` the bag vector of the block below (none: 0) and :math:`M^l` the pooling
-    over all regions. :math:`A_l` are the paper's fully connected layers (1 × 1 convolutions). Joining the bag vector to
-    every region's features before the next layer is the product with :math:`B_l`, made once per bag. Where every region
-    has seen the whole body, region j is scored for joint k:
+    with :math:`x^0` the input maps, :math:`X^0` the bag vector of the previous block (0 in the first) and :math:`M^l`
+    the pooling over all regions. :math:`A_l` are the fully connected layers of the publication (1 × 1 convolutions).
+    Concatenating the bag vector to the features of every region before the next layer is equivalent to the product with
+    :math:`B_l`, which is computed once per bag. The score of region j for joint k is
 
     .. math::
         z_{jk} = a_k \cdot x_j^L + b_k \cdot X^L + c_k
 
     Args:
         widths: channels of each map given to :meth:`forward`.
-        features: width of every layer.
-        outputs: K.
-        depth: L.
-        pooling: a name of :data:`amil_fast.nn.POOLINGS`, or ``"none"``: no bag vectors, regions know of no other.
+        features: channels of every layer.
+        outputs: number of joints K.
+        depth: number of levels L.
+        pooling: a name in :data:`amil_fast.nn.POOLINGS`, or ``"none"``: no bag vectors, regions are independent.
         num_iters, backend: of adjust pooling.
         residual: add the bag vector of the level below.
-        first: there is no block below, and so no :math:`X^0`.
-        bag_scale: factor on what the poolings give. Squash makes vectors of length < 1, next to which a region's
-            features, of length about :math:`\sqrt{\text{features}}`, are loud.
-        prior: heatmap value that scores start from.
+        first: there is no previous block and hence no :math:`X^0`.
+        bag_scale: factor on the pooled vectors. Squash returns vectors of length < 1, small beside the features of a
+            region, whose length is about :math:`\sqrt{\text{features}}`.
+        prior: heatmap value at initialization.
     """
 
     def __init__(
         self,
-        widths,
-        features,
-        outputs,
+        widths: Sequence[int],
+        features: int,
+        outputs: int,
         *,
-        depth=3,
-        pooling="adjust",
-        num_iters=3,
-        residual=True,
-        first=True,
-        bag_scale=1.0,
-        prior=0.02,
-        backend="auto",
+        depth: int = 3,
+        pooling: str = "adjust",
+        num_iters: int = 3,
+        residual: bool = True,
+        first: bool = True,
+        bag_scale: float = 1.0,
+        prior: float = 0.02,
+        backend: str = "auto",
     ):
         super().__init__()
         self.inputs = nn.ModuleList(nn.Linear(width, features, bias=not number) for number, width in enumerate(widths))
@@ -65,24 +68,27 @@ class RegionBlock(nn.Module):
         with torch.no_grad():
             fan_in = sum(widths)
             for layer in self.inputs:
-                layer.weight.normal_(0, (2 / fan_in) ** 0.5)
+                layer.weight.normal_(0, (2 / fan_in) ** 0.5)  # type: ignore[operator]
             for layer in [*self.layers, *(self.bags or ())]:
                 layer.weight.normal_(0, (2 / features) ** 0.5)
             for layer in [self.score] + ([self.bag_score] if self.bags is not None else []):
                 layer.weight.normal_(0, 0.1 * features**-0.5)
             for layer in [self.inputs[0], *self.layers, self.score]:
                 layer.bias.zero_()
-            # 1 − exp(−softplus(z)) is sigmoid(z): maps start nearly empty, as they end.
+            # 1 − exp(−softplus(z)) is sigmoid(z). Most targets are 0, so heatmaps start near 0.
             self.score.bias.fill_(torch.logit(torch.tensor(prior)).item())
 
-    def forward(self, *maps, bag=None):
-        """
+    def forward(
+        self, *maps: torch.Tensor, bag: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Scores the regions.
+
         Args:
             maps: ``(B, N, C_i)`` each, N = h · w regions in row-major order.
-            bag: ``(B, features)`` of the block below, or None.
+            bag: ``(B, features)`` of the previous block, or None.
 
         Returns:
-            ``(scores (B, N, K), regions (B, N, features), bag (B, features) or None)``
+            ``(scores, regions, bag)``: ``(B, N, K)``, ``(B, N, features)``, and ``(B, features)`` or None.
         """
         x = self.inputs[0](maps[0])
         for layer, extra in zip(list(self.inputs)[1:], maps[1:], strict=True):
@@ -99,7 +105,8 @@ class RegionBlock(nn.Module):
         if self.pools is None:
             return F.relu(x), None
         if bag is not None:
-            x = x + self.bags[level - len(self.pools)](bag)[:, None]  # the last is for the last level
+            # counted from the end: with `first`, level 0 has no layer
+            x = x + self.bags[level - len(self.pools)](bag)[:, None]
         x = F.relu(x)
         pooled = self.pools[level](x)
         if self.bag_scale != 1:
@@ -108,25 +115,26 @@ class RegionBlock(nn.Module):
 
 
 class RegionStack(nn.ModuleList):
-    """N blocks on the same feature map Y: :math:`X_1 = G_1(Y)`, :math:`X_n = G_n(Y, X_{n-1})`; the bag vector is handed
-    on as well.
+    """N blocks on the same feature map Y: :math:`X_1 = G_1(Y)`, :math:`X_n = G_n(Y, X_{n-1})`, with the bag vector
+    passed from block to block.
 
     Args:
-        blocks: N, at least 0.
-        features: channels of Y, and width of every layer.
-        outputs, options: of :class:`RegionBlock`.
+        blocks: N >= 0.
+        features: channels of Y and of every layer.
+        outputs, options: arguments of :class:`RegionBlock`.
     """
 
-    def __init__(self, blocks, features, outputs, **options):
+    def __init__(self, blocks: int, features: int, outputs: int, **options: Any):
         super().__init__(
             RegionBlock([features] if n == 0 else [features, features], features, outputs, first=n == 0, **options)
             for n in range(blocks)
         )
 
-    def forward(self, Y):
-        """Every block's scores ``(B, K, h, w)`` for ``Y (B, features, h, w)``."""
+    def forward(self, Y: torch.Tensor) -> list[torch.Tensor]:
+        """Scores ``(B, K, h, w)`` of every block for ``Y (B, features, h, w)``."""
         height, width = Y.shape[2:]
-        maps, bag, scores = (regions(Y),), None, []
+        maps: tuple[torch.Tensor, ...] = (regions(Y),)
+        bag, scores = None, []
         for block in self:
             z, X, bag = block(*maps, bag=bag)
             maps = (maps[0], X)
@@ -134,17 +142,24 @@ class RegionStack(nn.ModuleList):
         return scores
 
 
-def regions(maps):
-    """``(B, C, h, w)`` as ``(B, h · w, C)``: a view where the maps are channels-last, else a copy."""
+def regions(maps: torch.Tensor) -> torch.Tensor:
+    """``(B, C, h, w)`` as ``(B, h · w, C)``: a view of channels-last maps, otherwise a copy."""
     return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def as_maps(x, height, width):
-    """``(B, h · w, C)`` as channels-last ``(B, C, h, w)``, a view."""
+def as_maps(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """``(B, h · w, C)`` as channels-last ``(B, C, h, w)``, a view; the inverse of :func:`regions`."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def probability(scores, scale):
-    """``1 − exp(−λ softplus(z))`` (12), in float32 (float64 for float64)."""
+def probability(scores: torch.Tensor, scale: float) -> torch.Tensor:
+    """``1 − exp(−λ softplus(z))`` (Eq. 12), in float32 (float64 for float64)."""
     wide = scores.double() if scores.dtype == torch.float64 else scores.float()
     return -torch.expm1(-scale * F.softplus(wide)) if scale != 1 else torch.sigmoid(wide)
+
+
+def check_sizes(**sizes: tuple[Any, int]) -> None:
+    """Raises ValueError unless each ``name=(value, minimum)`` holds an int of at least ``minimum``."""
+    for name, (value, minimum) in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name}: expected an int of at least {minimum}, got {value!r}")
