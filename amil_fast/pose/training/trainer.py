@@ -31,15 +31,15 @@ from amil_fast.pose import (
 from amil_fast.pose.codec import encode_targets, invert, transform
 from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.loader import cores
+from amil_fast.pose.evaluation import GroundTruth, score
 from amil_fast.pose.evaluation.evaluate import predict_batches
-from amil_fast.pose.evaluation.scoring import GroundTruth, score
 from amil_fast.pose.inference.predictor import Predictor
 from amil_fast.pose.training import checkpoints
 from amil_fast.pose.training.config import PRECISIONS
 from amil_fast.pose.training.data import training_data
 from amil_fast.pose.training.distributed import synchronize_batch_norm
 from amil_fast.pose.training.run_log import Report, number
-from amil_fast.pose.visualization.drawing import contact_sheet, pose_tile
+from amil_fast.pose.visualization import contact_sheet, pose_tile
 from amil_fast.utils.files import publish, write_json
 
 
