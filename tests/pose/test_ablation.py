@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from amil_fast.cli.app import app
 from amil_fast.pose.training import ablation
-from amil_fast.pose.training.config import TrainConfig, preset
+from amil_fast.pose.training.config import TrainConfig
+from amil_fast.pose.training.presets import preset
 
 TINY = [
     "generator.features=8",
