@@ -29,13 +29,13 @@ def ablate(
     ] = "ideas,pooling",
     seeds: Annotated[str, typer.Option(help="Comma-separated; every row is trained with each.")] = "0,1",
     epochs: Annotated[int | None, typer.Option(help="Times every person is seen.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on its share of the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel runs, each with an equal share of the cores.")] = 1,
     settings: Annotated[list[str] | None, typer.Option("--set", help="As for `amil train`.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ):
     """Train with and without each of the paper's ideas, with several seeds, and compare.
 
-    Every row is an `amil train` with one setting changed; a stopped study goes on where it was when called again.
+    Every row is a training with one setting changed. An interrupted study resumes when the command is repeated.
 
     Example: `amil ablate --preset lspet-small --archive lspet.pack --out runs/ablation --epochs 10 --jobs 2`
 
