@@ -1,6 +1,5 @@
 """``amil ablate``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 from rich.console import Console
 
 from amil_fast.cli.common import change_config, fail, progress_bar, read_config
+from amil_fast.utils.files import write_json, write_text
 
 
 def register(app):
@@ -29,26 +29,26 @@ def ablate(
     ] = "ideas,pooling",
     seeds: Annotated[str, typer.Option(help="Comma-separated; every row is trained with each.")] = "0,1",
     epochs: Annotated[int | None, typer.Option(help="Times every person is seen.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on its share of the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel runs, each with an equal share of the cores.")] = 1,
     settings: Annotated[list[str] | None, typer.Option("--set", help="As for `amil train`.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ):
     """Train with and without each of the paper's ideas, with several seeds, and compare.
 
-    Every row is an `amil train` with one setting changed; a stopped study goes on where it was when called again.
+    Every row is a training with one setting changed. An interrupted study resumes when the command is repeated.
 
     Example: `amil ablate --preset lspet-small --archive lspet.pack --out runs/ablation --epochs 10 --jobs 2`
 
     Example: `amil ablate --preset lspet-small --root data/lspet --out runs/levels --groups levels,routing`
     """
     from amil_fast.pose.training import ablation
-    from amil_fast.pose.training import config as configuration
+    from amil_fast.pose.training.presets import preset as named_preset
 
     console = Console(quiet=quiet)
     try:
         if (preset is None) == (config is None):
             raise ValueError("expected one of --preset and --config")
-        base = configuration.preset(preset) if preset else read_config(config)
+        base = named_preset(preset) if preset else read_config(config)
         options = {"data.root": root, "data.archive": archive, "schedule.epochs": epochs}
         base = change_config(base, options, settings)
         try:
@@ -64,9 +64,9 @@ def ablate(
         table = ablation.results(rows, out)
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
-    (out / "ablation.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_json(out / "ablation.json", table, indent=1)
     text = ablation.to_markdown(table)
-    (out / "ablation.md").write_text(text)
+    write_text(out / "ablation.md", text)
     ablation.draw(out / "ablation.png", table)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"written: {out / 'ablation.md'}", markup=False, highlight=False, soft_wrap=True)

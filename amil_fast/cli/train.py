@@ -64,6 +64,7 @@ def train(
     """
     from amil_fast.pose.training import config as configuration
     from amil_fast.pose.training.checkpoints import STATE, load_state
+    from amil_fast.pose.training.presets import preset as named_preset
     from amil_fast.pose.training.trainer import Interrupted, NotFinite
     from amil_fast.pose.training.trainer import train as run
 
@@ -76,7 +77,7 @@ def train(
         elif config is not None:
             chosen = read_config(config)
         elif preset is not None:
-            chosen = configuration.preset(preset)
+            chosen = named_preset(preset)
         else:
             chosen = configuration.TrainConfig()
         if adversarial is False:

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from amil_fast.cli.app import app
 from amil_fast.pose.training import ablation
-from amil_fast.pose.training.config import TrainConfig, preset
+from amil_fast.pose.training.config import TrainConfig
+from amil_fast.pose.training.presets import preset
 
 TINY = [
     "generator.features=8",
@@ -46,7 +47,10 @@ def test_rows_change_what_they_say():
     [
         ((TrainConfig(), ["idea"], [0]), "groups: expected some of ideas, .*, got 'idea'"),
         ((TrainConfig(), ["ideas"], []), "seeds: expected at least one"),
-        ((TrainConfig().override({"discriminator": None}), ["ideas"], [0]), "base: expected MI-RNet blocks and a disc"),
+        (
+            (TrainConfig().override({"discriminator": None}), ["ideas"], [0]),
+            "base: expected MI-RNet blocks and a discriminator, got",
+        ),
     ],
 )
 def test_bad_plans(arguments, message):
@@ -76,7 +80,7 @@ def test_a_study_from_the_command_line(tmp_path):
 
 def test_a_run_that_fails_is_reported(tmp_path):
     rows = ablation.plan(preset("demo").override({"data.batch_size": 100_000}), ["routing"], [0])
-    with pytest.raises(RuntimeError, match=r"amil train ended with 2: .*data.batch_size: expected at most the 2000"):
+    with pytest.raises(RuntimeError, match=r"exited with code 2: .*data.batch_size: expected at most the 2000"):
         ablation.run(rows, tmp_path)
 
 

@@ -5,7 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from amil_fast.pose.training.config import PRESETS, ScheduleConfig, TrainConfig, from_dict, parse_override, preset
+from amil_fast.pose.training.config import ScheduleConfig, TrainConfig, from_dict
+from amil_fast.pose.training.overrides import parse_override
+from amil_fast.pose.training.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -14,9 +14,9 @@ from amil_fast.pose.codec import heatmap_to_image
 from amil_fast.pose.data import SPORTS, SyntheticFigures, load_lspet, pack
 from amil_fast.pose.inference.predictor import load_model
 from amil_fast.pose.training import checkpoints, trainer
-from amil_fast.pose.training.config import preset
-from amil_fast.pose.training.data import training_data
+from amil_fast.pose.training.presets import preset
 from amil_fast.pose.training.trainer import Interrupted, NotFinite, PoseTraining, train
+from amil_fast.pose.training.training_data import training_data
 from tests.pose import layouts as make
 from tests.pose.training_runs import TINY, one_thread, quiet_console  # noqa: F401 (one_thread is a fixture)
 

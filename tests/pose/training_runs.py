@@ -17,7 +17,7 @@ from amil_fast.pose.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from amil_fast.pose.training.data import training_data
+from amil_fast.pose.training.training_data import training_data
 
 TINY = TrainConfig(
     generator=GeneratorConfig(backbone="hourglass1", features=16, blocks=1, depth=2),

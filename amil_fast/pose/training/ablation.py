@@ -1,16 +1,30 @@
-"""Which of the paper's ideas helps: the same training with and without each, over several seeds."""
+"""Ablation study: the same training with and without each component of the method, over several seeds."""
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
 
 from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation.scoring import headline
-from amil_fast.utils.files import publish
+from amil_fast.pose.training.checkpoints import STATE, load_state
+from amil_fast.pose.training.config import TrainConfig, from_dict
+from amil_fast.pose.training.trainer import Interrupted, NotFinite, train
+from amil_fast.utils.files import atomic_path, write_json
+
+OUTPUT = "output.txt"  # console output of a run, in its folder
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+Rows = dict[tuple[str, str], list[tuple[str, TrainConfig]]]
 
 _PLAIN = {"generator.blocks": 0, "discriminator": None, "loss.mil": 0.0}
 _REGIONS = {"discriminator": None}
@@ -24,7 +38,7 @@ GROUPS = {
     },
     "pooling": {
         "adjust": _REGIONS,
-        # Means and maxima are not squashed: nothing to scale up.
+        # Mean and max pooling do not squash the bag vector, so that no scale is needed.
         "mean": {**_REGIONS, "generator.pooling": "mean", "generator.bag_scale": 1.0},
         "max": {**_REGIONS, "generator.pooling": "max", "generator.bag_scale": 1.0},
         "none": {**_REGIONS, "generator.pooling": "none"},
@@ -36,7 +50,7 @@ GROUPS = {
     },
     "routing": {f"T = {T}": {**_REGIONS, "generator.num_iters": T} for T in (1, 2, 3, 5)},
     # With losses that are means over pixels, about 0.01, Chou et al.'s constants leave k at 0 for thousands of steps
-    # and the adversarial term at 1e-4 of the loss. Remedies: k by sums over a map, and a term that can be felt.
+    # and the adversarial term at 1e-4 of the loss. Remedies: k by sums over a map, and a larger weight of the term.
     "adversary": {
         "constants of Chou et al.": {},
         "k by sums": {"balance.step": 0.5},
@@ -46,16 +60,16 @@ GROUPS = {
 }
 
 
-def plan(base, groups, seeds):
-    """The runs of a study: ``{(group, row): [(folder name, TrainConfig) per seed]}``.
+def plan(base: TrainConfig, groups: Iterable[str], seeds: Iterable[int]) -> Rows:
+    """Plans the runs of a study: ``{(group, row): [(folder name, TrainConfig) per seed]}``.
 
     Args:
-        base: the :class:`~amil_fast.pose.training.config.TrainConfig` with all of the paper's ideas on.
+        base: the :class:`~amil_fast.pose.training.config.TrainConfig` with all components enabled.
         groups: some of :data:`GROUPS`.
-        seeds: of weights, order and augmentation; the same for every row.
+        seeds: seeds of weights, sample order and augmentation, the same for every row.
 
     Raises:
-        ValueError: an unknown group, no seeds, or a base without what a group takes away.
+        ValueError: an unknown group, no seeds, or a base without the components that a group removes.
     """
     if not seeds:
         raise ValueError("seeds: expected at least one")
@@ -72,49 +86,94 @@ def plan(base, groups, seeds):
                 runs.append((name, config))
             rows[group, row] = runs
     if ("ideas", "+ both") in rows and not (base.adversarial and base.generator.blocks):
-        raise ValueError("base: expected MI-RNet blocks and a discriminator in it, to take them away by turns")
+        raise ValueError("base: expected MI-RNet blocks and a discriminator, got a configuration without")
     return rows
 
 
-def run(rows, out, *, jobs=1, on_run=None):
-    """Trains what ``out`` doesn't hold yet, ``jobs`` runs at a time on equal shares of the cores.
+def run(
+    rows: Rows, out: str | os.PathLike, *, jobs: int = 1, on_run: Callable[[int, int], object] | None = None
+) -> None:
+    """Trains the runs that are not complete in ``out``, ``jobs`` at a time, each with an equal share of the cores.
 
-    Every run is an ``amil train`` of its own in ``out/NAME``, which goes on where it was stopped.
+    Every run is a process of its own that writes to ``out/NAME``, its console output to ``out/NAME/output.txt``. An
+    interrupted run resumes from its last checkpoint. After a failure the other runs are completed; an exception in this
+    process (such as KeyboardInterrupt) ends all of them.
 
     Args:
-        on_run: called with (number done, number in all) at first and after every run.
+        on_run: called with (completed runs, total runs) at the start and after every completed run.
 
     Raises:
-        RuntimeError: a run failed; its output is in the message.
+        RuntimeError: runs failed; the message contains the end of their output.
     """
-    out = Path(out)
     unique = {name: config for runs in rows.values() for name, config in runs}
-    done = 0
+    waiting = [(Path(out) / name, config) for name, config in unique.items()]
+    waiting = [(folder, config) for folder, config in waiting if not (folder / "summary.json").is_file()]
+    done = len(unique) - len(waiting)
     if on_run is not None:
         on_run(done, len(unique))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-    with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(lambda item: _train(out / item[0], item[1], environment), unique.items()):
-            done += 1
-            if on_run is not None:
-                on_run(done, len(unique))
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks of PyTorch
+    threads = max(1, cores() // jobs)
+    running, failures = {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder, config = waiting.pop(0)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "wanted.json", config.to_dict())
+                process = context.Process(target=_train, args=(folder, config, threads))
+                process.start()
+                running[process.sentinel] = process, folder
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process, folder = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    failures.append(f"{folder}: training exited with code {process.exitcode}: {_output(folder)}")
+                    continue
+                done += 1
+                if on_run is not None:
+                    on_run(done, len(unique))
+    finally:
+        _end([process for process, _ in running.values()])
+    if failures:
+        raise RuntimeError("\n".join(failures))
 
 
-def _train(folder, config, environment):
-    if (folder / "summary.json").is_file():
-        return
-    content = json.dumps(config.to_dict(), indent=2) + "\n"
-    publish(folder, lambda partial: (partial / "wanted.json").write_text(content))
-    command = [sys.executable, "-m", "amil_fast.cli", "train", "--config", str(folder / "wanted.json")]
-    command += ["--out", str(folder), "--resume", "--quiet"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if found.returncode:
-        raise RuntimeError(f"{folder}: amil train ended with {found.returncode}: {found.stderr.strip()[-2000:]}")
+def _train(folder, config, threads):
+    """Main function of a child process."""
+    output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for stream in (1, 2):  # file descriptors, so that output of C++ code and loader processes is redirected as well
+        os.dup2(output, stream)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for loader processes
+    torch.set_num_threads(threads)
+    try:
+        if (folder / "last" / STATE).is_file():
+            config = from_dict(load_state(folder / "last")[1]["config"])
+        train(config, folder, Console(quiet=True), resume=True)
+    except (ValueError, OSError, NotFinite, Interrupted) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-def results(rows, out):
-    """What the finished runs scored: ``[{"group", "row", "metric", "seeds", "scores": {joint group: [percent per
-    seed]}, "seconds", "parameters", "images_per_second"}]``; rows with unfinished runs are left out."""
+def _output(folder):
+    path = folder / OUTPUT
+    return path.read_text(encoding="utf-8", errors="replace").strip()[-2000:] if path.is_file() else "no output"
+
+
+def _end(processes):
+    """Ends processes: SIGTERM, on which a run saves its state, and SIGKILL after GRACE seconds."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def results(rows: Rows, out: str | os.PathLike) -> list[dict]:
+    """Scores of the completed runs: ``[{"group", "row", "metric", "seeds", "scores": {joint group: [percent per
+    seed]}, "seconds", "images_per_second"}]``; rows with incomplete runs are omitted."""
     table = []
     for (group, row), runs in rows.items():
         summaries = []
@@ -142,7 +201,7 @@ def results(rows, out):
     return table
 
 
-def to_markdown(table):
+def to_markdown(table: list[dict]) -> str:
     """Mean ± half the range over seeds, per joint group, one table per group of rows."""
     lines, group = [], None
     for entry in table:
@@ -157,14 +216,11 @@ def to_markdown(table):
     return "\n".join(lines[1:]) + "\n" if lines else ""
 
 
-def draw(path, table):
-    """Writes a picture: the mean over joints of every row, a dot per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.32 * len(table)), layout="constrained")
+def draw(path: str | os.PathLike, table: list[dict]) -> None:
+    """Writes a plot of the mean over joints of every row, one dot per seed."""
+    figure = Figure(figsize=(7, 1.2 + 0.32 * len(table)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     groups = list(dict.fromkeys(entry["group"] for entry in table))
     for y, entry in enumerate(table):
         scores = entry["scores"]["mean"]
@@ -175,8 +231,8 @@ def draw(path, table):
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     axes.set_xlabel(f"{table[0]['metric']} in percent, a dot per seed" if table else "")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def _spread(values):

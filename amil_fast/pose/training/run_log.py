@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 HISTORY = "history.jsonl"
 
 
-class Report:
+class RunLog:
     """Shows a run to its user. On processes other than the first it does nothing.
 
     Args:

@@ -1,7 +1,6 @@
-"""The training loop of the pose model (PAPER §5-7): generator and, where wanted, discriminator."""
+"""The training loop of the pose model (Eq. 10-20): generator and, where wanted, discriminator."""
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -36,9 +35,9 @@ from amil_fast.pose.evaluation.evaluate import predict_batches
 from amil_fast.pose.inference.predictor import Predictor
 from amil_fast.pose.training import checkpoints
 from amil_fast.pose.training.config import PRECISIONS
-from amil_fast.pose.training.data import training_data
 from amil_fast.pose.training.distributed import synchronize_batch_norm
-from amil_fast.pose.training.run_log import Report, number
+from amil_fast.pose.training.run_log import RunLog, number
+from amil_fast.pose.training.training_data import training_data
 from amil_fast.pose.visualization import contact_sheet, pose_tile
 from amil_fast.utils.files import publish, write_json
 
@@ -189,7 +188,7 @@ class PoseTraining:
         if main:
             self.out.mkdir(parents=True, exist_ok=True)
         steps = config.schedule.epochs * self.epoch_steps
-        self.report = Report(
+        self.report = RunLog(
             self.out, self.console, main=main, tensorboard=run.tensorboard, steps=steps, done=self.step
         )
         self._saved = self._clock = time.monotonic()
@@ -495,7 +494,7 @@ class PoseTraining:
             if name == "best":
                 notes = {**self.best}
             self.shipped.save_pretrained(folder, notes=notes)
-            (folder / "train.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            write_json(folder / "train.json", self.config.to_dict())
             if also is not None:
                 also(folder)
 
