@@ -1,4 +1,4 @@
-"""Run by torchrun, twice at once, from test_training_distributed: ``two_processes.py OUT``."""
+"""Run by torchrun as two processes, from test_distributed.py: ``two_processes.py OUT``."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import torch
 from amil_fast.pose.training import trainer
 from amil_fast.pose.training.distributed import SyncedBatchNorm2d, synchronize_batch_norm
 from amil_fast.pose.training.trainer import PoseTraining
+from tests.helpers import exit_worker
 from tests.pose.training_runs import TINY, data_with_gaps, quiet_console
 
 out = Path(sys.argv[1])
@@ -53,3 +54,4 @@ summary = run.run()
 (out / f"rank{rank}.json").write_text(json.dumps({"losses": losses, "summary": summary}))
 weights = torch.cat([p.detach().flatten() for p in run.generator.parameters()])
 torch.save(weights, out / f"weights{rank}.pt")
+exit_worker(out, rank)
