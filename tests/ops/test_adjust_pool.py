@@ -410,10 +410,10 @@ cu = torch.tensor
          lambda x: adjust_pool(x[0], cu_seqlens=torch.tensor([1, 5]))),
         (ValueError, "cu_seqlens: expected the last value to be the number of instances 5, got 4",
          lambda x: adjust_pool(x[0], cu_seqlens=torch.tensor([0, 4]))),
-        (ValueError, r"cu_seqlens: expected values that never fall, got cu_seqlens\[1\] = 4, cu_seqlens\[2\] = 3",
+        (ValueError, r"cu_seqlens: expected non-decreasing values, got cu_seqlens\[1\] = 4, cu_seqlens\[2\] = 3",
          lambda x: adjust_pool(x[0], cu_seqlens=torch.tensor([0, 4, 3, 5]))),
         (ValueError, r"cu_seqlens: expected shape \(B \+ 1,\)", lambda x: adjust_pool(x[0], cu_seqlens=cu([[0, 5]]))),
-        (ValueError, "num_iters: expected at least 1, got 0", lambda x: adjust_pool(x, num_iters=0)),
+        (ValueError, "num_iters: expected an int of at least 1, got 0", lambda x: adjust_pool(x, num_iters=0)),
         (TypeError, "num_iters: expected an int, got float", lambda x: adjust_pool(x, num_iters=2.0)),
         (ValueError, "backend: expected one of 'auto', 'reference', 'cpp', 'triton', got 'fast'",
          lambda x: adjust_pool(x, backend="fast")),
@@ -434,7 +434,7 @@ def test_value_checks_on_the_reference_too():
 
 
 def test_cpp_refuses_other_devices():
-    with pytest.raises(ValueError, match="backend 'cpp' can't serve this call: it runs on CPU tensors"):
+    with pytest.raises(ValueError, match="backend 'cpp' cannot serve this call: expected CPU tensors"):
         adjust_pool(torch.zeros(1, 2, 3, device="meta"), backend="cpp")
 
 
@@ -443,8 +443,8 @@ def test_a_missing_extension_is_named_with_its_remedy(monkeypatch):
     monkeypatch.delattr(amil_fast, "_C")
     native.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match=r"amil_fast\._C can't be imported.*pip install.*backend='reference'"):
+        with pytest.raises(RuntimeError, match=r"amil_fast\._C cannot be imported.*pip install.*backend='reference'"):
             adjust_pool(random_bags(3, 5, 4))
-        assert "can't be imported" in amil_fast.info()["backends"]["cpp"]
+        assert "cannot be imported" in amil_fast.info()["backends"]["cpp"]
     finally:
         native.cache_clear()

@@ -348,7 +348,7 @@ BOX = {"center": torch.zeros(2, 2), "scale": torch.zeros(2, 2)}
         (TypeError, "flipped: expected dtype torch.float32 of heatmaps, got torch.float16",
          MAPS, {"flipped": MAPS.half()}),
         (ValueError, "flipped: expected device cpu of heatmaps, got meta", MAPS, {"flipped": MAPS.to("meta")}),
-        (ValueError, r"flip_pairs: expected pairs of joints with flipped .* got None", MAPS, {"flipped": MAPS}),
+        (ValueError, r"flip_pairs: expected pairs of joints with flipped, .* got None", MAPS, {"flipped": MAPS}),
         (ValueError, r"flip_pairs: expected joints in 0..2, got the pair \(1, 3\)",
          MAPS, {"flipped": MAPS, "flip_pairs": [(1, 3)]}),
         (ValueError, r"flip_pairs: expected joints in 0..2, got the pair \(-1, 1\)",
@@ -374,9 +374,9 @@ BOX = {"center": torch.zeros(2, 2), "scale": torch.zeros(2, 2)}
         (ValueError, "affine: expected device cpu of heatmaps, got meta",
          MAPS, {"affine": torch.zeros(2, 2, 3).to("meta")}),
         (ValueError, "backend: expected one of 'auto', .*, got 'triton'", MAPS, {"backend": "triton"}),
-        (ValueError, "backend 'cuda' can't serve this call: it runs on CUDA tensors, got .* 'cpu'",
+        (ValueError, "backend 'cuda' cannot serve this call: expected CUDA tensors, got .* 'cpu'",
          MAPS, {"backend": "cuda"}),
-        (ValueError, "backend 'cpp' can't serve this call: it runs on CPU tensors, got .* 'meta'",
+        (ValueError, "backend 'cpp' cannot serve this call: expected CPU tensors, got .* 'meta'",
          MAPS.to("meta"), {"backend": "cpp"}),
     ],
 )  # fmt: skip
@@ -394,7 +394,7 @@ def test_refuses_to_be_differentiated(backend):
     coords, scores = decode_heatmaps(maps, refine="dark", backend=backend)
     assert torch.equal(coords, decode_heatmaps(maps.detach(), refine="dark", backend=backend)[0])
     for output in (coords, scores):
-        with pytest.raises(RuntimeError, match=r"decode_heatmaps can't be differentiated.*soft_argmax"):
+        with pytest.raises(RuntimeError, match=r"decode_heatmaps is not differentiable.*soft_argmax"):
             output.sum().backward(retain_graph=True)
     with torch.no_grad():
         assert not decode_heatmaps(maps, backend=backend)[0].requires_grad
