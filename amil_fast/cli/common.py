@@ -39,7 +39,7 @@ def change_config(config, options, settings):
         options: ``"section.key"`` -> value of a command-line option, None where it wasn't given.
         settings: texts of ``--set``, or None; they have the last word.
     """
-    from amil_fast.pose.training.config import parse_override
+    from amil_fast.pose.training.parsing import parse_override
 
     changes = {name: str(v) if isinstance(v, Path) else v for name, v in options.items() if v is not None}
     return config.override(changes | dict(parse_override(text) for text in settings or ()))

@@ -17,9 +17,9 @@ from amil_fast.pose.evaluation.evaluate import TRUTH_FIELDS, predict_batches
 from amil_fast.pose.evaluation.scoring import GroundTruth, score
 from amil_fast.pose.inference.predictor import Predictor, load_model
 from amil_fast.pose.training.checkpoints import STATE, load_state, part
-from amil_fast.pose.training.config import preset
-from amil_fast.pose.training.data import training_data
+from amil_fast.pose.training.presets import preset
 from amil_fast.pose.training.trainer import train
+from amil_fast.pose.training.training_data import training_data
 from amil_fast.pose.visualization.drawing import contact_sheet, draw_pose, pose_tile, to_picture
 from amil_fast.pose.visualization.plots import plot_curves
 from amil_fast.utils.files import write_bytes, write_json

@@ -1,27 +1,28 @@
-"""What a training run is told, as frozen dataclasses: presets, files, and ``section.key=value`` overrides.
+"""Training configuration as frozen dataclasses, to and from JSON.
 
-An unknown key is an error that names the nearest known one; so is a value of the wrong type.
+The names are those of the users' ``train.json`` files.
 """
 
 import dataclasses
-import difflib
 import json
 import math
-import types
-import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> Accelerate's
+from amil_fast.pose.training.parsing import build, place
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # -> Accelerate's mixed_precision
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "inverse-time")
 HEATMAP_LOSSES = ("l2", "cross-entropy")
 AUGMENTATIONS = ("none", "default", "sports")
-SYNTHETIC = "synthetic"  # the name of drawn figures among data sets
+SYNTHETIC = "synthetic"  # data.dataset: synthetic figures instead of a data set of the registry
 
 
 @dataclass(frozen=True)
 class _BlocksConfig:
-    """What the blocks of both networks are told."""
+    """MI-RNet blocks; the arguments of the same names of both networks."""
 
     depth: int = 3
     pooling: str = "adjust"
@@ -34,16 +35,36 @@ class _BlocksConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig(_BlocksConfig):
-    """Arguments of :class:`~amil_fast.pose.PoseGenerator`; its skeleton and input size come from the data."""
+    """Arguments of :class:`~amil_fast.pose.PoseGenerator`; its skeleton and input size come from the data.
+
+    Attributes:
+        backbone: name of the backbone.
+        features: channels of the feature map.
+        blocks: number of MI-RNet blocks; 0 predicts heatmaps from the backbone linearly, the baseline.
+        depth: fully connected levels of a block.
+        pooling: bag pooling, ``"none"`` for no bag features.
+        num_iters: iterations of adjust pooling.
+        residual: residual connections between levels.
+        bag_scale: factor on the bag features.
+        mil_scale: factor on the instance scores.
+        backend: backend of :func:`amil_fast.adjust_pool`.
+    """
 
     backbone: str = "resnet18"
     features: int = 128
-    blocks: int = 2  # 0: backbone and linear heatmaps, the baseline
+    blocks: int = 2
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig(_BlocksConfig):
-    """Arguments of :class:`~amil_fast.pose.PoseDiscriminator`."""
+    """Arguments of :class:`~amil_fast.pose.PoseDiscriminator`.
+
+    Attributes:
+        use_image: condition the discriminator on the image.
+        features: channels of the feature map.
+        levels: resolution levels.
+        blocks: number of MI-RNet blocks; their settings are those of :class:`GeneratorConfig`.
+    """
 
     use_image: bool = True
     features: int = 64
@@ -53,24 +74,24 @@ class DiscriminatorConfig(_BlocksConfig):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained and validated on.
+    """Training and validation data.
 
     Attributes:
-        dataset: a name of the data registry, or ``"synthetic"`` for drawn figures.
-        root: the data set's folder.
-        split, validation_split: parts of it; by default those the registry names.
-        archive: a crop archive written by ``amil pack``, used instead of ``root``.
-        archive_validation: another one to validate on.
-        holdout: keep so many people back for validation, the last ones, and never train on them; 0: validate on
-            ``validation_split`` or ``archive_validation``.
-        skip_bad: leave out and list bad entries instead of stopping.
+        dataset: name in the data registry, or ``"synthetic"``.
+        root: folder of the data set.
+        split, validation_split: splits to train and validate on; by default those that the registry names.
+        archive: crop archive written by ``amil pack``, used instead of ``root``.
+        archive_validation: crop archive to validate on.
+        holdout: number of people, the last ones, that are excluded from training and used for validation; 0 validates
+            on ``validation_split`` or ``archive_validation``.
+        skip_bad: skip invalid entries and list them instead of raising an error.
         input_size: side of the crops in pixels.
-        batch_size: crops per optimizer step, over all processes and accumulated parts.
-        augmentation: ``"none"``, ``"default"`` or ``"sports"`` (people at any angle).
+        batch_size: crops per optimization step, over all processes and accumulated parts.
+        augmentation: ``"none"``, ``"default"`` or ``"sports"`` (rotations by any angle).
         heatmap_std: standard deviation of the target Gaussians in heatmap pixels.
-        workers: processes that read, for each training process; None: one per core beside a GPU, else one per eight.
-        synthetic, synthetic_validation: numbers of drawn figures.
-        limit: train on the first so many people only; 0: on all.
+        workers: loader processes per training process; None: one per core with a GPU, else one per eight cores.
+        synthetic, synthetic_validation: number of synthetic figures.
+        limit: number of people, the first ones, to train on; 0 for all.
     """
 
     dataset: str = "lspet"
@@ -93,8 +114,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """``weight_decay`` acts on weights only, neither on biases nor on normalization; ``clip`` is the largest allowed
-    norm of the gradient, 0 for none; ``discriminator_lr`` None means ``lr``."""
+    """Optimizer of both networks.
+
+    Attributes:
+        name: ``"adam"`` or ``"adamw"``.
+        lr: learning rate of the generator.
+        discriminator_lr: learning rate of the discriminator; None for ``lr``.
+        weight_decay: applied to weights, neither to biases nor to normalization layers.
+        betas: decay rates of the moment estimates.
+        clip: maximum norm of each network's gradient; 0 disables clipping.
+    """
 
     name: str = "adam"
     lr: float = 1e-3
@@ -106,13 +135,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the generator minimizes.
+    """Loss of the generator.
 
     Attributes:
         heatmap: ``"l2"``, the squared error of the heatmaps (the paper's), or ``"cross-entropy"`` of the regions'
-            probabilities, which learns faster; the latter for generators with blocks and ``mil_scale=1``.
+            probabilities, which converges faster and needs a generator with blocks and ``mil_scale=1``.
         adversarial: weight of the adversarial term (Chou et al.: 1e-4).
-        mil: weight of the MIL loss of PAPER §4.
+        mil: weight of the MIL loss (Eq. 10-18).
     """
 
     heatmap: str = "l2"
@@ -122,7 +151,13 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """k_0, ω_k and γ of Eq. 20 with the values of Chou et al."""
+    """Balance of the adversarial losses (Eq. 20); the defaults are those of Chou et al.
+
+    Attributes:
+        k: initial weight k_0 of the generated heatmaps' loss.
+        step: update rate ω_k of k.
+        gamma: target ratio γ of the losses of generated and real heatmaps.
+    """
 
     k: float = 0.0
     step: float = 0.001
@@ -131,10 +166,15 @@ class BalanceConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate's factor over the run.
+    """Schedule of the learning rates.
 
-    ``"cosine"``: half a cosine down to ``final``. ``"inverse-time"``: 1 / (1 + base · ⌊epoch / every⌋), Table 2 of the
-    paper. Any of them starts with a linear rise over ``warmup`` epochs.
+    Attributes:
+        epochs: length of the training.
+        kind: ``"constant"``; ``"cosine"``, half a cosine down to ``final``; or ``"inverse-time"``,
+            1 / (1 + base · ⌊epoch / every⌋), Table 2 of the paper.
+        warmup: epochs of a linear warmup, for each kind.
+        final: final factor of the cosine.
+        base, every: decay and its period in epochs, of ``"inverse-time"``.
     """
 
     epochs: int = 100
@@ -144,8 +184,8 @@ class ScheduleConfig:
     base: float = 0.01
     every: int = 20
 
-    def factor(self, step, epoch_steps):
-        """The factor at a step, counted from 0."""
+    def factor(self, step: int, epoch_steps: int) -> float:
+        """Returns the factor on the learning rates at ``step``, counted from 0; an epoch has ``epoch_steps`` steps."""
         epochs = step / epoch_steps
         factor = 1.0
         if self.kind == "inverse-time":
@@ -160,26 +200,26 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How it runs.
+    """Execution: device, precision, checkpoints, logs.
 
     Attributes:
-        seed: of weights, order and augmentation.
+        seed: seed of weights, sample order and augmentation.
         device: ``"auto"`` or ``"cpu"``.
-        threads: of the CPU that compute; 0: torch's default. One is fastest where the cores have other work as well.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (GPU only) autocast.
-        accumulation: parts a batch is split into, to save memory.
-        ema_decay: of the moving average of the generator's weights that is evaluated and saved; 0: none.
-        compile: use ``torch.compile``.
-        sync_batch_norm: several processes normalize by the statistics of all their crops, as one process would; off is
-            faster, and fine where each has some dozens.
-        init: what ``save_pretrained`` wrote (or a ``.safetensors`` file) to start the generator from.
-        log_every: steps between reading the losses from the device.
+        threads: number of CPU threads for computation; 0 for torch's default.
+        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (GPU only).
+        accumulation: number of parts a batch is split into to save memory.
+        ema_decay: decay of the moving average of the generator's weights, which is evaluated and saved; 0 disables it.
+        compile: apply ``torch.compile`` to the generator.
+        sync_batch_norm: batch statistics over all processes, equal to those of one process; off is faster, and adequate
+            with some dozens of crops per process.
+        init: folder written by ``save_pretrained`` (or ``.safetensors`` file) that initializes the generator.
+        log_every: steps between transfers of the losses from the device.
         evaluate_every: epochs between validations.
-        flip_test: validate with the flip test (average with the flipped crop's heatmaps).
-        overlays: validation crops drawn at every evaluation.
-        tensorboard: write its event files.
-        checkpoint_minutes: time between checkpoints within an epoch; 0: only at its end.
-        checkpoint_steps: steps between them; 0: by time only.
+        flip_test: validate with the flip test (average with the heatmaps of the flipped crop).
+        overlays: number of validation crops drawn at each validation.
+        tensorboard: write TensorBoard event files.
+        checkpoint_minutes: minutes between checkpoints within an epoch; 0 saves at its end only.
+        checkpoint_steps: steps between checkpoints within an epoch; 0 saves by time only.
     """
 
     seed: int = 0
@@ -202,7 +242,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. ``discriminator`` None: no adversarial training."""
+    """Configuration of a training run; ``discriminator`` is None without adversarial training.
+
+    Raises:
+        ValueError: a value is out of range, or two settings exclude each other.
+    """
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig | None = field(default_factory=DiscriminatorConfig)
@@ -263,170 +307,34 @@ class TrainConfig:
             raise ValueError(f"run.ema_decay: expected a number in [0, 1), got {self.run.ema_decay}")
 
     @property
-    def adversarial(self):
-        """Whether a discriminator is trained."""
+    def adversarial(self) -> bool:
+        """True if a discriminator is trained."""
         return self.discriminator is not None and self.loss.adversarial > 0
 
     def _get(self, name):
         section, key = name.split(".")
         return getattr(getattr(self, section), key)
 
-    def to_dict(self):
-        """As nested dicts and lists for JSON; :func:`from_dict` turns it back."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested dicts and lists for JSON, the inverse of :func:`from_dict`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def override(self, settings):
-        """A copy with some fields changed.
+    def override(self, settings: Mapping[str, Any]) -> "TrainConfig":
+        """Returns a copy with some fields changed.
 
         Args:
             settings: ``"section.key"`` -> value; ``"discriminator"`` alone takes None, or a dict of its fields.
         """
         content = self.to_dict()
         for name, value in settings.items():
-            _place(content, name.split("."), value, name)
+            place(TrainConfig, content, name, value)
         return from_dict(content)
 
 
-def from_dict(content):
-    """A :class:`TrainConfig` from nested dicts; fields that aren't there keep their defaults.
+def from_dict(content: Mapping[str, Any]) -> TrainConfig:
+    """Builds a :class:`TrainConfig` from nested dicts; missing fields keep their defaults.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
+        ValueError: an unknown key (with the closest known one), or a value of the wrong type or out of range.
     """
-    return _build(TrainConfig, content, "")
-
-
-def parse_override(text):
-    """``"section.key=value"`` -> (name, value); the value is JSON, or else a string as it stands."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--set: expected section.key=value, got {text!r}")
-    try:
-        return name.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return name.strip(), None if value in ("None", "none") else value
-
-
-def preset(name):
-    """One of :data:`PRESETS`; ValueError names the nearest."""
-    if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}{_nearest(name, PRESETS)}")
-    return PRESETS[name]
-
-
-def _place(content, path, value, name):
-    here, known = content, TrainConfig
-    for depth, key in enumerate(path[:-1]):
-        _known(known, key, ".".join(path[: depth + 1]))
-        if here.get(key) is None:  # a discriminator that was switched off
-            here[key] = {}
-        here, known = here[key], _section(known, key)
-        if known is None:
-            raise ValueError(f"{name}: {'.'.join(path[: depth + 1])} has no fields")
-    _known(known, path[-1], name)
-    here[path[-1]] = value
-
-
-def _section(known, key):
-    """The dataclass that is the type of a field, or None."""
-    hint = typing.get_type_hints(known)[key]
-    options = typing.get_args(hint) or (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-def _known(known, key, name):
-    names = [f.name for f in dataclasses.fields(known)]
-    if key not in names:
-        raise ValueError(f"{name}: unknown setting{_nearest(key, names)}; known here: {', '.join(names)}")
-
-
-def _nearest(key, names):
-    near = difflib.get_close_matches(key, list(names), 1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
-def _build(kind, content, prefix):
-    if not isinstance(content, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'configuration'}: expected a dict, got {content!r}")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in content.items():
-        _known(kind, key, prefix + key)
-        values[key] = _convert(hints[key], value, prefix + key)
-    return kind(**values)
-
-
-def _convert(hint, value, name):
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ValueError(f"{name}: expected {_describe(hint)}, got nothing")
-    for option in options:
-        if dataclasses.is_dataclass(option):
-            return _build(option, value, f"{name}.")
-        if typing.get_origin(option) is tuple:
-            parts = typing.get_args(option)
-            if isinstance(value, list | tuple) and len(value) == len(parts):
-                return tuple(_convert(part, v, name) for part, v in zip(parts, value, strict=True))
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif option is not type(None) and type(value) is option:
-            return value
-    raise ValueError(f"{name}: expected {_describe(hint)}, got {value!r}")
-
-
-def _describe(hint):
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _paper(dataset, decay, **data):
-    """Table 2 of the paper."""
-    return TrainConfig(
-        generator=GeneratorConfig(backbone="resnet50"),
-        data=DataConfig(dataset=dataset, **data),
-        optimizer=OptimizerConfig(name="adam", lr=1e-3, weight_decay=decay),
-        loss=LossConfig(adversarial=1e-4, mil=1e-4),
-        schedule=ScheduleConfig(epochs=350, kind="inverse-time", base=decay, every=20),
-    )
-
-
-PRESETS = types.MappingProxyType(
-    {
-        # The test part of LSP chooses nothing: the last of the 1,000 training images do.
-        "paper-lsp": _paper("lsp", 0.005, holdout=100, augmentation="sports"),
-        "paper-mpii": _paper("mpii", 0.01),
-        "lspet-small": TrainConfig(
-            data=DataConfig(
-                dataset="lspet",
-                split="all",
-                skip_bad=True,
-                holdout=500,
-                input_size=128,
-                augmentation="sports",
-                heatmap_std=1.5,
-            ),
-            optimizer=OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.01, clip=1.0),
-            loss=LossConfig(adversarial=1e-4, mil=1e-4),
-            schedule=ScheduleConfig(epochs=60, kind="cosine", warmup=1.0, final=0.01),
-            run=RunConfig(precision="bf16"),
-        ),
-        "demo": TrainConfig(
-            generator=GeneratorConfig(features=64, blocks=1),
-            discriminator=DiscriminatorConfig(features=32),
-            data=DataConfig(
-                dataset=SYNTHETIC,
-                input_size=96,
-                augmentation="none",
-                heatmap_std=1.5,
-                synthetic=2000,
-                synthetic_validation=100,
-            ),
-            optimizer=OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.01, clip=1.0),
-            loss=LossConfig(heatmap="cross-entropy", adversarial=1e-4, mil=1e-4),
-            schedule=ScheduleConfig(epochs=5, kind="cosine", warmup=0.5, final=0.01),
-            # Left and right of the figures differ by color, which a flip does not exchange: no flip test.
-            run=RunConfig(precision="bf16", ema_decay=0.99, evaluate_every=2, flip_test=False),
-        ),
-    }
-)
+    return build(TrainConfig, content)
