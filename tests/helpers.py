@@ -1,5 +1,8 @@
 """What several test files share: the measure of error, and bags to test on."""
 
+import os
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -27,3 +30,22 @@ def assert_as_accurate(actual, reference, truth, factor=2.0, what=""):
     allowed = factor * relative_error(reference, truth) + 8 * torch.finfo(actual.dtype).eps
     error = relative_error(actual, truth)
     assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def exit_worker(folder, rank, num_workers=2, timeout=60.0):
+    """Ends a process of a gloo process group, after all of them have come this far.
+
+    Gloo's threads can abort a process that destroys its static objects while they run ("terminate called without an
+    active exception"), so that the exit code says nothing about the test. ``os._exit`` skips the destructors; the files
+    keep a process from leaving while another one still communicates.
+    """
+    folder = Path(folder)
+    (folder / f"finished-{rank}").touch()
+    deadline = time.monotonic() + timeout
+    while any(not (folder / f"finished-{other}").exists() for other in range(num_workers)):
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.01)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -4,7 +4,7 @@ import sys
 
 
 def main():
-    """Entry point; a missing extra is named with its remedy instead of ending in a traceback."""
+    """Entry point; a missing dependency ends with a message that names the extra to install."""
     try:
         from amil_fast.cli.app import app
     except ModuleNotFoundError as error:

@@ -6,10 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amil_fast.cli.common import change_config, fail, progress_bar, read_config
+from amil_fast.cli.common import INTERRUPTED, change_config, fail, progress_bar, read_config
 from amil_fast.utils.files import write_json, write_text
-
-_INTERRUPTED = 130
 
 
 def register(app):
@@ -67,7 +65,7 @@ def ablate(
         table = ablation.results(rows, out)
     except Interrupted as stopped:
         Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
     write_json(out / "ablation.json", table, indent=1)

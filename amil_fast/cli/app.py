@@ -1,4 +1,4 @@
-"""The command's root: what is not about bags (``mil``) or poses (``pose``)."""
+"""The command ``amil``: its commands and the small ones among them, ``info`` and ``demo``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,11 @@ from typing import Annotated
 import typer
 
 from amil_fast import environment
-from amil_fast.cli import ablate, mil, pose, train
+from amil_fast.cli import ablate, mil, train
+from amil_fast.cli.evaluate import evaluate
+from amil_fast.cli.pack import pack
+from amil_fast.cli.predict import predict
+from amil_fast.cli.show import show
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -18,7 +22,7 @@ def _root():
 
 @app.command()
 def info():
-    """Print versions, devices, and which backends are usable here, with the reason where one is not.
+    """Print versions, devices and backends, with the reason for each unusable one.
 
     Example: `amil info`
     """
@@ -26,20 +30,21 @@ def info():
 
 
 app.add_typer(mil.app, name="mil")
-pose.register(app)
+for command in (evaluate, predict, pack, show):
+    app.command()(command)
 train.register(app)
 ablate.register(app)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for pictures and scores.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Start of the random numbers.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for images and scores.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     image: Annotated[
         Path | None, typer.Option(help="Photo of one person for the shipped weights; by default Matplotlib's portrait.")
     ] = None,
 ):
-    """Train on made-up bags and on drawn figures, no data needed, and draw what was learned. Minutes on a CPU.
+    """Train a bag classifier and the pose model on synthetic data; write images and scores. Minutes on a CPU.
 
     Example: `amil demo`
     """

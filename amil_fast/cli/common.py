@@ -1,23 +1,114 @@
-"""What all commands share: how they end on an error, progress bars, configurations of training."""
+"""Shared parts of the commands: errors, output lines, progress bars, data sets, networks, configurations."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-FAILED = 2  # exit code of what was not done
+from amil_fast.utils.files import write_json
+
+# Exit codes: 0 done, 1 done except for unreadable inputs, 2 not done, 130 interrupted.
+PARTLY, FAILED, INTERRUPTED = 1, 2, 130
+LISTED = 12  # problems and files listed on the terminal; --json contains all
 
 
-def fail(message):
-    """Ends the command with exit code 2 and one message instead of a traceback."""
+def fail(message: object) -> NoReturn:
+    """Ends the command with exit code 2 and a message."""
     Console(stderr=True, soft_wrap=True).print(f"Error: {message}", markup=False, highlight=False, style="red")
     raise typer.Exit(FAILED)
 
 
+@contextmanager
+def expected_errors() -> Iterator[None]:
+    """Turns errors of data, files and settings into a message; other exceptions keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def print_plain(console: Console, text: str) -> None:
+    """Prints a line without markup, highlighting and wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_written(console: Console, path: Path) -> None:
+    """Prints the line that names a file written."""
+    print_plain(console, f"written: {path}")
+
+
+def write_result(console: Console, path: Path | None, content: dict) -> None:
+    """Writes the result of a command to ``--json``, if given."""
+    if path is None:
+        return
+    with expected_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    print_written(console, path)
+
+
+def print_left_out(console: Console, left_out: list) -> None:
+    """Lists the entries that ``--skip-bad`` left out."""
+    if not left_out:
+        return
+    print_plain(console, f"left out: {len(left_out)}")
+    for problem in left_out[:LISTED]:
+        print_plain(console, f"  {problem}")
+    if len(left_out) > LISTED:
+        print_plain(console, f"  ... and {len(left_out) - LISTED} more (--json lists all)")
+
+
+def load_people(
+    dataset: str, root: Path | None, split: str | None, skip_bad: bool, crop: str | None = None, **options: Any
+):
+    """People of the data set that the options name (:func:`amil_fast.pose.data.load`)."""
+    from amil_fast.pose.data.registry import load
+
+    if root is None:
+        fail("--dataset needs --root, the folder of the data set")
+    if crop is not None and dataset not in ("lsp", "lspet"):
+        fail("--crop is for lsp and lspet: the other data sets have bounding boxes")
+    if crop is not None:
+        options["crop"] = crop
+    return load(dataset, root, split, skip_bad=skip_bad, **options)
+
+
+def make_predictor(
+    checkpoint: Path | None,
+    model: str | None,
+    skeleton: str | None,
+    size: int | None,
+    flip_test: bool,
+    refine: str,
+    device: str | None,
+):
+    """:class:`~amil_fast.pose.inference.Predictor` of the network that the options name."""
+    import torch
+
+    from amil_fast.ops.decode_heatmaps import REFINEMENTS
+    from amil_fast.pose.inference.predictor import Predictor, load_model
+
+    if refine not in REFINEMENTS:
+        raise ValueError(f"refine: expected one of {', '.join(REFINEMENTS)}, got {refine!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if model is not None and "" not in sys.path:
+        sys.path.insert(0, "")  # modules in the current folder, as for `python -m`
+    network = load_model(checkpoint, model)
+    return Predictor(network, skeleton=skeleton, size=size, flip_test=flip_test, refine=refine, device=device)
+
+
 def progress_bar(console, quiet):
-    """A progress bar that stays silent where output is piped or ``quiet``."""
+    """Progress bar that is silent if the output is piped or ``quiet``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
@@ -32,14 +123,14 @@ def read_config(path):
 
 
 def change_config(config, options, settings):
-    """A configuration with changes.
+    """Returns a configuration with changes applied.
 
     Args:
         config: a :class:`~amil_fast.pose.training.config.TrainConfig`.
-        options: ``"section.key"`` -> value of a command-line option, None where it wasn't given.
-        settings: texts of ``--set``, or None; they have the last word.
+        options: ``"section.key"`` -> value of a command-line option, None if it was not given.
+        settings: texts of ``--set``, or None; they override ``options``.
     """
-    from amil_fast.pose.training.parsing import parse_override
+    from amil_fast.pose.training.overrides import parse_override
 
     changes = {name: str(v) if isinstance(v, Path) else v for name, v in options.items() if v is not None}
     return config.override(changes | dict(parse_override(text) for text in settings or ()))

@@ -6,9 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amil_fast.cli.common import change_config, fail, read_config
-
-_INTERRUPTED = 130
+from amil_fast.cli.common import INTERRUPTED, change_config, fail, print_plain, print_written, read_config
 
 
 def register(app):
@@ -104,7 +102,7 @@ def train(
         summary = run(chosen, out, console, resume=resume)
     except Interrupted as stopped:
         Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, NotFinite) as error:
         fail(error)
     if summary is not None:
@@ -112,19 +110,19 @@ def train(
 
 
 def _show(console, summary, out):
-    def line(text):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    line(f"trained {summary['step']} steps in {summary['seconds']:.0f} s")
+    print_plain(console, f"trained {summary['step']} steps in {summary['seconds']:.0f} s")
     if "validation" in summary:
-        from amil_fast.pose.evaluation.scoring import headline
+        from amil_fast.pose.evaluation import headline, scores_of_groups
 
-        table = summary["validation"]
-        row = headline(table["metric"])
-        groups = [f"{name} {_cell(v)}" for name, v in table[row].items() if name not in ("joints", "mean_of_joints")]
-        line(f"best generator, {row}: {'  '.join(groups)}")
-        line(f"{table['samples']} people; {table['unmeasured']} more without the normalizing keypoints excluded")
-    line(f"written: {out / 'best'}")
+        scores = summary["validation"]
+        name = headline(scores["metric"])
+        groups = [f"{group} {_cell(value)}" for group, value in scores_of_groups(scores[name]).items()]
+        print_plain(console, f"best generator, {name}: {'  '.join(groups)}")
+        counted = f"{scores['samples']} people"
+        if scores["unmeasured"]:
+            counted += f"; {scores['unmeasured']} without a normalizer left out"
+        print_plain(console, counted)
+    print_written(console, out / "best")
 
 
 def _cell(value):

@@ -13,15 +13,15 @@ from amil_fast.pose.codec import crop_matrix, encode_targets
 from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.augment import warp_crop
 from amil_fast.pose.data.files import read_image
+from amil_fast.pose.evaluation import GroundTruth, score, scores_of_groups
 from amil_fast.pose.evaluation.evaluate import TRUTH_FIELDS, predict_batches
-from amil_fast.pose.evaluation.scoring import GroundTruth, score
 from amil_fast.pose.inference.predictor import Predictor, load_model
 from amil_fast.pose.training.checkpoints import STATE, load_state, part
 from amil_fast.pose.training.presets import preset
 from amil_fast.pose.training.trainer import train
 from amil_fast.pose.training.training_data import training_data
-from amil_fast.pose.visualization.drawing import contact_sheet, draw_pose, pose_tile, to_picture
-from amil_fast.pose.visualization.plots import plot_curves
+from amil_fast.pose.visualization import contact_sheet, draw_pose, plot_curves, pose_tile
+from amil_fast.pose.visualization.drawing import to_bgr
 from amil_fast.utils.files import write_bytes, write_json
 
 _SIDE = 240  # of a tile in pixels
@@ -85,7 +85,6 @@ def run(folder, console, *, seed=0, image=None, changes=None):
     }
     for name, picture in sheets.items():
         write_bytes(folder / name, cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
-    groups = result.summary[result.headline]
     scores = {
         "data": "synthetic figures",
         "figures": len(figures),
@@ -94,7 +93,7 @@ def run(folder, console, *, seed=0, image=None, changes=None):
         "seed": seed,
         "seconds": summary["seconds"],
         result.headline: result.headline_score,
-        "joint_groups": {name: value for name, value in groups.items() if name not in ("joints", "mean_of_joints")},
+        "joint_groups": scores_of_groups(result.summary[result.headline]),
     }
     write_json(folder / "pose_scores.json", scores)
     written = [folder / name for name in ("pose_curves.png", *sheets, "pose_scores.json")]
@@ -160,8 +159,8 @@ def corrupted(joints, skeleton, size):
 
 def _overlay(image, errors):
     """Gray crop with an error map ``(h, w)`` of values in [0, 1] blended over it."""
-    picture, _ = to_picture(image, _SIDE)
-    gray = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    bgr, _ = to_bgr(image, _SIDE)
+    gray = cv2.cvtColor(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
     heat = np.clip(errors.numpy() * 255, 0, 255).astype(np.uint8)
     heat = cv2.resize(heat, (_SIDE, _SIDE), interpolation=cv2.INTER_LINEAR)
     return cv2.addWeighted(gray, 0.45, cv2.applyColorMap(heat, cv2.COLORMAP_INFERNO), 0.75, 0)

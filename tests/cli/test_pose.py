@@ -89,10 +89,10 @@ def test_evaluate_a_network(tmp_path):
     assert "3 people" in amil(*arguments, "--passes", 2)
     assert json.loads((tmp_path / "s.json").read_text())["PCK@0.2"]["mean"] == 100
     out = amil(*arguments, "--passes", 2, "--crop", "joints", code=2)
-    assert "passes: more than one is for whole images" in out
+    assert "passes: expected 1 for people with boxes" in out
     make.coco(tmp_path / "coco")
     out = amil(*arguments[:3], "--dataset", "coco", "--root", tmp_path / "coco", code=2)
-    assert "the network finds lsp14, the data set has coco17" in out
+    assert "expected coco17 of the data set, the network predicts lsp14" in out
 
 
 def test_what_predict_writes_evaluate_reads(tmp_path):
@@ -176,7 +176,7 @@ def test_skip_bad(tmp_path):
         (["evaluate", "--dataset", "coco", "--root", ".", "--crop", "image"], "--crop is for lsp and lspet"),
         (["evaluate", "--predictions", "a.npy", "--model", "m:f"], "got both"),
         (["evaluate", "--model", COLOR_FINDER], "a network needs --dataset and --root"),
-        (["evaluate", "--predictions", "a.npy"], "a.npy: it holds no ground truth"),
+        (["evaluate", "--predictions", "a.npy"], "a.npy: no ground truth in this file"),
         (["evaluate", "--predictions", "a.npy", "--dataset", "lsp"], "--dataset needs --root"),
         (["evaluate", "--predictions", "a.npy", "--dataset", "x", "--root", "."], "dataset: expected one of 'lsp'"),
         (["evaluate", "--predictions", "a.mat"], "a.mat: no such file"),
@@ -189,7 +189,7 @@ def test_skip_bad(tmp_path):
         ),
         (
             ["predict", "a.jpg", "--model", COLOR_FINDER, "--device", "tpu9"],
-            "device: 'tpu9' can't be used",
+            "device: 'tpu9' cannot be used",
         ),
         (["pack", "a.pack"], "expected --dataset and --root"),
         (["pack", "a.pack", "--dataset", "coco", "--root", ".", "--crop", "image"], "--crop is for lsp and lspet"),

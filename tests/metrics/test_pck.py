@@ -21,7 +21,7 @@ from amil_fast.metrics.modules import (
     pair_distance,
 )
 from amil_fast.pose.skeletons import COCO17, LSP14, MPII16, SKELETONS, Skeleton, get_skeleton
-from tests.helpers import SHARED
+from tests.helpers import SHARED, exit_worker
 
 MPII = SHARED / "data" / "mpii"
 needs_mpii = pytest.mark.skipif(not MPII.exists(), reason=f"{MPII} is not here")
@@ -275,8 +275,8 @@ def flat(metrics):
     return [score["joints"], score["mean"], score["auc"]["mean"], score["samples"], confusion, errors["counts"]]
 
 
-def one_of_two(rank, port, path):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     predictions, targets, valid = random_people(11)
     mine = slice(0, 13) if rank == 0 else slice(13, 40)  # unequal shares
@@ -285,17 +285,12 @@ def one_of_two(rank, port, path):
     metrics[0].update(predictions[mine], targets[mine], valid[mine])
     for metric in metrics[1:]:
         metric.update(predictions[mine], targets[mine], valid[mine], sizes[mine])
-    torch.save(flat(metrics), f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(flat(metrics), folder / f"{rank}.pt")
+    exit_worker(folder, rank)
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(one_of_two, (tmp_path,), nprocs=2)
     predictions, targets, valid = random_people(11)
     metrics = all_metrics()
     metrics[0].update(predictions, targets, valid)

@@ -8,9 +8,18 @@ import torch
 from amil_fast.metrics.modules import PCK, JointConfusion, JointErrors
 from amil_fast.pose.data import SPORTS, SyntheticFigures
 from amil_fast.pose.skeletons import COCO17, LSP14
-from amil_fast.pose.visualization import contact_sheet, draw_pose
-from amil_fast.pose.visualization.drawing import comparison_sheet, draw_box, pose_tile, sample_sheet, to_picture
-from amil_fast.pose.visualization.plots import plot_confusion, plot_curves, plot_errors
+from amil_fast.pose.visualization import (
+    comparison_sheet,
+    contact_sheet,
+    draw_box,
+    draw_pose,
+    plot_confusion,
+    plot_curves,
+    plot_errors,
+    pose_tile,
+    sample_sheet,
+)
+from amil_fast.pose.visualization.drawing import to_bgr
 
 
 def spread(K, side=200):
@@ -55,7 +64,7 @@ def test_lines_are_smooth():
 
 def test_tiles_keep_places():
     image = np.zeros((3, 50, 50), np.uint8)
-    picture, factor = to_picture(image, 200)
+    picture, factor = to_bgr(image, 200)
     assert picture.shape == (200, 200, 3) and factor == 4
     joints = np.full((14, 2), np.nan)
     joints[12] = (10, 20)
@@ -64,7 +73,7 @@ def test_tiles_keep_places():
     assert abs(xs.mean() - (4 * 10 + 1.5)) < 0.6 and abs(ys.mean() - (4 * 20 + 1.5)) < 0.6
     red = np.zeros((3, 4, 4))
     red[0] = 1.0
-    assert to_picture(torch.from_numpy(red))[0][0, 0].tolist() == [0, 0, 255]
+    assert to_bgr(torch.from_numpy(red))[0][0, 0].tolist() == [0, 0, 255]
 
 
 def test_contact_sheets():
@@ -73,7 +82,7 @@ def test_contact_sheets():
         [tiles, tiles[:2]], captions=[["a", "b", "c"], ["d", ""]], titles=["one", "two"], heading="All"
     )
     assert sheet.dtype == np.uint8 and all((sheet == value).all(-1).sum() >= 3600 for value in (10, 90, 170))
-    with pytest.raises(ValueError, match="rows: expected at least one picture"):
+    with pytest.raises(ValueError, match="rows: expected at least one image"):
         contact_sheet([])
     figures = SyntheticFigures(4, 64, augmentation=SPORTS)
     sheet = sample_sheet(figures, [(1, 0), (2, 0), 3], columns=2, side=80)

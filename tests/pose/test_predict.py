@@ -52,7 +52,7 @@ def keypoints(row):
 def test_images_and_videos_go_in_and_come_out(inputs, tmp_path, batch_size):
     folder, joints = inputs
     problems, progress = [], []
-    report = predict(
+    summary = predict(
         Predictor(ColorFinder()),
         [folder],
         tmp_path / "out",
@@ -60,8 +60,8 @@ def test_images_and_videos_go_in_and_come_out(inputs, tmp_path, batch_size):
         on_problem=problems.append,
         on_progress=lambda *numbers: progress.append(numbers),
     )
-    assert report.pictures == report.people == 9 and not report.interrupted and report.images_per_second > 0
-    assert len(problems) == 1 and "bad.jpg" in problems[0] and report.unreadable == problems
+    assert summary.images == summary.people == 9 and not summary.interrupted and summary.images_per_second > 0
+    assert len(problems) == 1 and "bad.jpg" in problems[0] and summary.unreadable == problems
     assert progress[-1] == (10, 10)
     rows = json.loads((tmp_path / "out/predictions.json").read_text())
     assert len(rows) == 9
@@ -97,9 +97,9 @@ def test_boxes_are_respected(tmp_path):
     write(tmp_path / "empty.png", ground(100, 100))
     (tmp_path / "boxes.json").write_text(json.dumps([{"image_id": 12, "bbox": box} for box in boxes]))
     files = [tmp_path / "000000000012.png", tmp_path / "empty.png"]
-    report = predict(Predictor(ColorFinder()), files, tmp_path / "out", boxes=tmp_path / "boxes.json", margin=1.0)
+    summary = predict(Predictor(ColorFinder()), files, tmp_path / "out", boxes=tmp_path / "boxes.json", margin=1.0)
     rows = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert (report.pictures, report.people) == (2, 2)
+    assert (summary.images, summary.people) == (2, 2)
     assert [row["image_id"] for row in rows] == [12, 12] and [row["bbox"] for row in rows] == boxes
     for row, joints in zip(rows, people, strict=True):
         assert np.abs(keypoints(row)[:, :2] - joints).max() < 2
@@ -127,9 +127,9 @@ def test_photographs_are_turned_upright(tmp_path):
 def test_same_names_do_not_overwrite_each_other(tmp_path):
     for folder in ("one", "two"):
         write(tmp_path / folder / "a.png", ground(40, 40))
-    report = predict(Predictor(ColorFinder()), [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    summary = predict(Predictor(ColorFinder()), [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
     rows = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert [row["file_name"] for row in rows] == ["a.png", "a-2.png"] and len(report.written) == 3
+    assert [row["file_name"] for row in rows] == ["a.png", "a-2.png"] and len(summary.written) == 3
 
 
 def test_inputs_are_never_overwritten(tmp_path):
@@ -143,8 +143,8 @@ def test_inputs_are_never_overwritten(tmp_path):
         predict(predictor, [tmp_path / "in"], tmp_path / "in")
     # a folder of results below the inputs is not taken for input by the next run
     for _ in range(2):
-        report = predict(predictor, [tmp_path / "in"], tmp_path / "in/found")
-        assert report.pictures == 2
+        summary = predict(predictor, [tmp_path / "in"], tmp_path / "in/found")
+        assert summary.images == 2
     names = sorted(path.name for path in (tmp_path / "in/found").iterdir())
     assert names == ["a.png", "b.bmp.jpg", "predictions.json"]
     predict(predictor, [tmp_path / "in/a.png"], tmp_path / "in", overlays=False)
@@ -156,11 +156,11 @@ def test_damaged_videos_are_reported_and_the_rest_goes_on(inputs, tmp_path):
     data = (folder / "clip.avi").read_bytes()
     (folder / "clip.avi").write_bytes(data[: int(0.75 * len(data))])
     (folder / "broken.mp4").write_bytes(b"no video")
-    report = predict(Predictor(ColorFinder()), [folder], tmp_path / "out")
-    assert len(report.unreadable) == 3
-    told = " ".join(report.unreadable)
+    summary = predict(Predictor(ColorFinder()), [folder], tmp_path / "out")
+    assert len(summary.unreadable) == 3
+    told = " ".join(summary.unreadable)
     assert "broken.mp4: expected a video" in told and "of 7 frames are missing" in told and "bad.jpg" in told
-    assert 4 <= report.pictures < 9
+    assert 4 <= summary.images < 9
     assert (tmp_path / "out/clip.avi").exists() and (tmp_path / "out/deep/b.png").exists()
 
 
@@ -176,8 +176,8 @@ class Interrupting(ColorFinder):
 
 def test_interrupted_runs_leave_whole_files_only(inputs, tmp_path):
     folder, _ = inputs
-    report = predict(Predictor(Interrupting()), [folder], tmp_path / "out", batch_size=1)
-    assert report.interrupted
+    summary = predict(Predictor(Interrupting()), [folder], tmp_path / "out", batch_size=1)
+    assert summary.interrupted
     rows = json.loads((tmp_path / "out/predictions.json").read_text())
     assert len(rows) == 3  # the image and two frames
     files = [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()]
@@ -218,9 +218,9 @@ def test_networks_that_do_not_fit():
         def forward(self, images):
             return {"heatmaps": images.new_zeros(len(images), *self.shape)}
 
-    with pytest.raises(ValueError, match="skeleton: the model doesn't say which joints"):
+    with pytest.raises(ValueError, match=r"skeleton: expected a skeleton \(--skeleton\)"):
         Predictor(Plain((14, 8, 8)))
-    with pytest.raises(ValueError, match="size: the model doesn't say how large"):
+    with pytest.raises(ValueError, match="size: expected the side of the crops"):
         Predictor(Plain((14, 8, 8)), skeleton="lsp14")
     images, to_image = torch.zeros(2, 3, 32, 32), torch.eye(2, 3).expand(2, 2, 3)
     Predictor(Plain((14, 8, 8)), skeleton="lsp14", size=32)(images, to_image)
@@ -238,7 +238,7 @@ def test_loading(tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     assert load_model(tmp_path / "w.safetensors", "tests.pose.color_finder:build").sharpness.item() == 7
     save_file({"other": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"x.safetensors: the weights don't fit tests.pose.color_finder:build"):
+    with pytest.raises(ValueError, match=r"x.safetensors: the weights do not fit tests.pose.color_finder:build"):
         load_model(tmp_path / "x.safetensors", "tests.pose.color_finder:build")
     for factory in ("color_finder", "tests.pose.color_finder:nothing", "no_such_module:build", ":"):
         with pytest.raises(ValueError, match=r"model: expected package\.module:function"):
@@ -247,7 +247,7 @@ def test_loading(tmp_path):
         load_model(factory="tests.pose.color_finder:not_a_network")
     shipped = load_model()
     assert shipped.skeleton is LSP14 and not shipped.training
-    with pytest.raises(ValueError, match=r"none: there is no such checkpoint"):
+    with pytest.raises(ValueError, match=r"none: no such checkpoint"):
         load_model(tmp_path / "none")
     assert color_finder.SIZE == 128
 
@@ -265,7 +265,7 @@ def test_nothing_is_unpickled(tmp_path, suffix, capsys):
             load_model(tmp_path / f"w{suffix}", factory)
     # under another name it is no safetensors file
     torch.save({"a": Evil()}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="the weights don't fit"):
+    with pytest.raises(ValueError, match="the weights do not fit"):
         load_model(tmp_path / "w.safetensors", "tests.pose.color_finder:build")
     assert "unpickled" not in capsys.readouterr().out
 

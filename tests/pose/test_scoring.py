@@ -7,8 +7,8 @@ import pytest
 from scipy.io import savemat
 
 from amil_fast.pose.data import DataError, load_coco, load_lsp, load_lspet, load_mpii
-from amil_fast.pose.evaluation.scoring import GroundTruth, read_ground_truth, read_predictions, score
-from amil_fast.pose.visualization.drawing import best_median_worst
+from amil_fast.pose.evaluation import GroundTruth, read_ground_truth, read_predictions, score
+from amil_fast.pose.visualization.sheets import best_median_worst
 from tests.helpers import SHARED
 from tests.pose import layouts as make
 
@@ -159,7 +159,7 @@ def test_bad_files(tmp_path):
     rows = [{"image_id": 99, "keypoints": [1] * 42}]
     complains("k.json", "row 0: the data set has no image 99", lambda p: p.write_text(json.dumps(rows)))
     complains("l.csv", "expected predictions as .json, .npy, .npz or .mat", lambda p: p.write_text(""))
-    complains("m.npy", "there is no such file", lambda p: None)
+    complains("m.npy", "no such file", lambda p: None)
 
 
 def test_metrics_that_cannot_be_had(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from amil_fast.pose.data import PoseDataset, load
-from amil_fast.pose.evaluation.scoring import GroundTruth, score
+from amil_fast.pose.evaluation import GroundTruth, score
 from amil_fast.pose.inference.predictor import SHIPPED, Predictor, load_model
 from amil_fast.pose.skeletons import LSP14
 from tests.helpers import SHARED

@@ -8,6 +8,7 @@ import torch
 
 from amil_fast.pose.training import PoseTraining
 from amil_fast.pose.training.distributed import SyncedBatchNorm2d, synchronize_batch_norm
+from tests.helpers import exit_worker
 from tests.pose.training_runs import TINY, data_with_gaps, quiet_console
 
 out = Path(sys.argv[1])
@@ -48,3 +49,4 @@ summary = run.run()
 (out / f"rank{rank}.json").write_text(json.dumps({"losses": losses, "summary": summary}))
 weights = torch.cat([p.detach().flatten() for p in run.networks.generator.parameters()])
 torch.save(weights, out / f"weights{rank}.pt")
+exit_worker(out, rank)

@@ -1,49 +1,55 @@
-"""Any network that returns heatmaps, from crops to joints in the image."""
+"""From crops to joints in image coordinates, with any network that returns heatmaps."""
 
 import importlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from amil_fast.ops import decode_heatmaps
 from amil_fast.pose import PoseGenerator
 from amil_fast.pose.codec import heatmap_to_image
-from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.pose.skeletons import Skeleton, get_skeleton
 
-# The generator that comes with the package; its README.md says what it was trained on and what it can't do.
+# The generator shipped with the package; its model card is the README.md in this folder.
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".pt2", ".tar"})
 
 
 class Predictor:
-    """Crops in, joints out.
+    """Predicts joints in image coordinates from crops.
 
     Args:
-        model: maps ``(B, 3, S, S)`` float to heatmaps ``(B, K, H, H)``; of a list, tuple or dict of them (a stack of
-            supervised blocks) the last one counts. It is put into evaluation mode.
-        skeleton: its joints; by default ``model.skeleton``.
-        size: side S of the crops; by default ``model.input_size``.
-        mean, std: what crops in [0, 1] are normalized with; by default ``model.mean`` and ``model.std``, else
-        ImageNet's. flip_test: average with the heatmaps of the flipped crop.
-        refine: of :func:`amil_fast.decode_heatmaps`.
-        device, dtype: where and in what the network runs; by default where its parameters are.
+        model: maps ``(B, 3, S, S)`` float to heatmaps ``(B, K, H, W)``; of a list, tuple or dict the last entry is
+            used. It is set to evaluation mode.
+        skeleton: the joints; by default ``model.skeleton``.
+        size: side S of the crops in pixels; by default ``model.input_size``.
+        mean: mean of the normalization of crops in [0, 1]; by default ``model.mean``, else ImageNet's.
+        std: standard deviation of the normalization; by default ``model.std``, else ImageNet's.
+        flip_test: average with the heatmaps of the flipped crop.
+        refine: refinement of :func:`amil_fast.ops.decode_heatmaps`.
+        device: of the network; by default that of its parameters.
+        dtype: of the network; by default that of its parameters.
 
     Raises:
-        ValueError: skeleton or size are neither given nor known to the model.
+        ValueError: ``skeleton`` or ``size`` is neither given nor an attribute of the model.
     """
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         *,
-        skeleton=None,
-        size=None,
-        mean=None,
-        std=None,
-        flip_test=True,
-        refine="dark",
-        device=None,
-        dtype=None,
+        skeleton: str | Skeleton | None = None,
+        size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        flip_test: bool = True,
+        refine: str = "dark",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         parameter = next(model.parameters(), torch.zeros(()))
         self.device = torch.device(device) if device is not None else parameter.device
@@ -52,9 +58,9 @@ class Predictor:
         skeleton = getattr(model, "skeleton", None) if skeleton is None else skeleton
         self.size = int(getattr(model, "input_size", 0) if size is None else size)
         if skeleton is None:
-            raise ValueError("skeleton: the model doesn't say which joints it finds; name their skeleton (--skeleton)")
+            raise ValueError("skeleton: expected a skeleton (--skeleton), the model has no attribute skeleton")
         if self.size < 1:
-            raise ValueError("size: the model doesn't say how large its crops are; give their side in pixels (--size)")
+            raise ValueError("size: expected the side of the crops (--size), the model has no attribute input_size")
         self.skeleton = get_skeleton(skeleton)
         mean = getattr(model, "mean", PoseGenerator.mean) if mean is None else mean
         std = getattr(model, "std", PoseGenerator.std) if std is None else std
@@ -64,15 +70,18 @@ class Predictor:
         self.flip_test, self.refine = flip_test, refine
 
     @torch.inference_mode()
-    def __call__(self, images, to_image):
-        """Joints of a batch of crops.
+    def __call__(self, images: torch.Tensor, to_image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicts the joints of a batch of crops.
 
         Args:
             images: ``(B, 3, S, S)`` RGB, uint8 or float in [0, 1].
-            to_image: ``(B, 2, 3)`` floating point, crop pixels to the image's.
+            to_image: ``(B, 2, 3)`` floating point, maps crop pixels to image pixels.
 
         Returns:
             ``coords (B, K, 2)`` float32 in image pixels and ``scores (B, K)`` float32, on the CPU.
+
+        Raises:
+            ValueError: the model returns anything but heatmaps of this skeleton.
         """
         images = images.to(self.device, non_blocking=True)
         images = (
@@ -102,36 +111,37 @@ class Predictor:
         shape = tuple(getattr(found, "shape", ()))
         if len(shape) != 4 or shape[1] != K or shape[2] * images.shape[3] != shape[3] * images.shape[2]:
             raise ValueError(
-                f"model: expected heatmaps ({len(images)}, {K}, H, W) for {self.skeleton.name} in the proportions of "
-                f"the crop, got {shape or type(found).__name__}"
+                f"model: expected heatmaps ({len(images)}, {K}, H, W) for {self.skeleton.name} with the crop's "
+                f"aspect ratio, got {shape or type(found).__name__}"
             )
         return found
 
 
-def load_model(checkpoint=None, factory=None):
-    """A network for :class:`Predictor`. No file is ever unpickled.
+def load_model(checkpoint: str | os.PathLike | None = None, factory: str | None = None) -> nn.Module:
+    """Loads a network for :class:`Predictor`. Nothing is unpickled.
 
     Args:
-        checkpoint: what ``PoseGenerator.save_pretrained`` wrote, by default the shipped weights; with ``factory`` a
-            ``.safetensors`` file of weights.
-        factory: ``"package.module:function"`` that returns any ``torch.nn.Module`` from crops to heatmaps; attributes
-            ``skeleton``, ``input_size``, ``mean`` and ``std`` of it are respected. It is imported and called.
+        checkpoint: folder written by ``PoseGenerator.save_pretrained``, by default the shipped weights; with
+            ``factory`` a ``.safetensors`` file of weights.
+        factory: ``"package.module:function"``, imported and called; returns a ``torch.nn.Module`` that maps crops to
+            heatmaps. Its attributes ``skeleton``, ``input_size``, ``mean`` and ``std`` are used.
 
     Raises:
-        ValueError: a file that would have to be unpickled, weights that don't fit, an unknown factory.
+        ValueError: a pickled or missing file, weights that do not fit, an unknown factory.
     """
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         if path.suffix.lower() in _PICKLES:
             raise ValueError(
-                f"{path}: files of this kind hold pickles, which run code when they are loaded; save the weights with "
-                "safetensors.torch.save_file and name the network that they belong to (--model package.module:function)"
+                f"{path}: files of this type hold pickles, which run code when they are loaded; save the weights with "
+                "safetensors.torch.save_file and name their network (--model package.module:function)"
             )
         if not path.exists():
-            raise ValueError(f"{path}: there is no such checkpoint")
+            raise ValueError(f"{path}: no such checkpoint")
     if factory is not None:
         return _from_factory(factory, path)
-    return PoseGenerator.from_pretrained(SHIPPED if path is None else path).to(memory_format=torch.channels_last)
+    generator: Any = PoseGenerator.from_pretrained(SHIPPED if path is None else path)
+    return generator.to(memory_format=torch.channels_last)  # absent from the type stubs of nn.Module
 
 
 def _from_factory(factory, path):
@@ -141,7 +151,7 @@ def _from_factory(factory, path):
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model: expected package.module:function, got {factory!r} ({error})") from None
     model = build()
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected {factory} to return a torch.nn.Module, got {type(model).__name__}")
     if path is not None:
         from safetensors import SafetensorError
@@ -150,5 +160,5 @@ def _from_factory(factory, path):
         try:
             model.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: the weights don't fit {factory}: {error}") from None
+            raise ValueError(f"{path}: the weights do not fit {factory}: {error}") from None
     return model

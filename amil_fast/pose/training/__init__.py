@@ -13,7 +13,7 @@ from amil_fast.pose.training.config import (
     from_dict,
 )
 from amil_fast.pose.training.meter import NotFinite, TrainingProgress
-from amil_fast.pose.training.parsing import parse_override
+from amil_fast.pose.training.overrides import parse_override
 from amil_fast.pose.training.presets import PRESETS, preset
 from amil_fast.pose.training.signals import Interrupted, StopRequest
 from amil_fast.pose.training.trainer import PoseTraining, train

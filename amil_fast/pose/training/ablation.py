@@ -19,14 +19,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from amil_fast.pose.data.loader import cores
-from amil_fast.pose.evaluation.scoring import headline
+from amil_fast.pose.evaluation import headline, scores_of_groups
+from amil_fast.pose.training.checkpoints import STATE, load_state
 from amil_fast.pose.training.config import TrainConfig, from_dict
 from amil_fast.pose.training.meter import NotFinite
 from amil_fast.pose.training.signals import Interrupted, StopRequest
 from amil_fast.pose.training.trainer import train
 from amil_fast.utils.files import atomic_path, read_json
 
-OUTPUT = "output.log"  # in a run's folder: what its process printed
+OUTPUT = "output.txt"  # in a run's folder: what its process printed
 _POLL = 0.2  # seconds between checks for a requested stop
 _GRACE = 15.0  # seconds that a stopped process has for saving its state
 
@@ -95,7 +96,7 @@ def plan(base: TrainConfig, groups: Iterable[str], seeds: Sequence[int]) -> Plan
                 runs.append((name, config))
             rows[group, row] = runs
     if ("ideas", "+ both") in rows and not (base.adversarial and base.generator.blocks):
-        raise ValueError("base: expected MI-RNet blocks and a discriminator, which the group 'ideas' removes in turn")
+        raise ValueError("base: expected MI-RNet blocks and a discriminator, got a configuration without")
     return rows
 
 
@@ -108,7 +109,8 @@ def run(
 ) -> None:
     """Trains the runs that ``out`` does not contain yet, each in ``out/NAME`` and in a process of its own.
 
-    Unfinished runs are resumed. A run that fails does not stop the others.
+    Unfinished runs are resumed; ``out/NAME/output.txt`` receives their console output. A run that fails does not stop
+    the others.
 
     Args:
         rows: result of :func:`plan`.
@@ -186,12 +188,14 @@ def _start(folder, config, threads):
 
 
 def _train(folder, content, threads, error):
-    """Target of the process: trains with ``threads`` threads, prints to ``output.log``, sends an exception's text."""
+    """Target of the process: trains with ``threads`` threads, prints to ``output.txt``, sends an exception's text."""
     output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
     torch.set_num_threads(threads)
     try:
+        if (folder / "last" / STATE).is_file():  # like amil train --resume: the settings that the run was started with
+            content = load_state(folder / "last")[1]["config"]
         train(from_dict(content), folder, Console(), resume=True)
     except (ValueError, OSError, NotFinite, Interrupted) as expected:
         error.send(str(expected))
@@ -246,7 +250,7 @@ def results(rows: Plan, out: str | Path) -> list[dict[str, Any]]:
             continue
         validations = [summary["validation"] for summary, _ in summaries]
         metric = headline(validations[0]["metric"])
-        names = [name for name in validations[0][metric] if name not in ("joints", "mean_of_joints")]
+        names = list(scores_of_groups(validations[0][metric]))
         table.append(
             {
                 "group": group,

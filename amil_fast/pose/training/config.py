@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from amil_fast.pose.training.parsing import build, place
+from amil_fast.pose.training.overrides import build, place
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # -> Accelerate's mixed_precision
 OPTIMIZERS = ("adam", "adamw")
@@ -205,7 +205,7 @@ class RunConfig:
     Attributes:
         seed: seed of weights, sample order and augmentation.
         device: ``"auto"`` or ``"cpu"``.
-        threads: number of CPU threads for computation; 0 for torch's default.
+        threads: intra-op CPU threads; 0 for PyTorch's default. One is fastest on a shared CPU.
         precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (GPU only).
         accumulation: number of parts a batch is split into to save memory.
         ema_decay: decay of the moving average of the generator's weights, which is evaluated and saved; 0 disables it.

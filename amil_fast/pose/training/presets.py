@@ -13,7 +13,7 @@ from amil_fast.pose.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from amil_fast.pose.training.parsing import suggestion
+from amil_fast.pose.training.overrides import suggestion
 
 
 def preset(name: str) -> TrainConfig:

@@ -98,7 +98,7 @@ class RunLog:
         terms = {name: value for name, value in row.items() if name not in hidden}
         text = "  ".join(f"{name} {'-' if value is None else number(value)}" for name, value in terms.items())
         if row.get("unmeasured"):
-            text += f" ({row['samples']} people; {row['unmeasured']} without the normalizing keypoints excluded)"
+            text += f" ({row['samples']} people; {row['unmeasured']} without a normalizer left out)"
         self.message(f"epoch {row['epoch']}/{epochs}  {text}")
 
     def _truncate_history(self, done):

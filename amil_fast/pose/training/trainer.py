@@ -15,7 +15,7 @@ from rich.console import Console
 from amil_fast.pose import PoseGenerator, heatmap_loss
 from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.loader import cores
-from amil_fast.pose.evaluation.scoring import Result
+from amil_fast.pose.evaluation import Result
 from amil_fast.pose.training import checkpoints
 from amil_fast.pose.training.config import PRECISIONS, TrainConfig
 from amil_fast.pose.training.meter import LossMeter, NotFinite, TrainingProgress

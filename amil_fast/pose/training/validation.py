@@ -10,11 +10,10 @@ from accelerate.utils import gather_object
 
 from amil_fast.pose.codec import invert, transform
 from amil_fast.pose.data import PoseLoader
-from amil_fast.pose.evaluation.evaluate import predict_batches
-from amil_fast.pose.evaluation.scoring import GroundTruth, Result, score
+from amil_fast.pose.evaluation import GroundTruth, Result, predict_batches, score
 from amil_fast.pose.inference.predictor import Predictor
 from amil_fast.pose.skeletons import Skeleton
-from amil_fast.pose.visualization.drawing import contact_sheet, pose_tile
+from amil_fast.pose.visualization import contact_sheet, pose_tile
 
 
 class Validation:

@@ -1,27 +1,35 @@
-"""Poses drawn over pictures, and contact sheets of many of them (OpenCV, anti-aliased, in the paper's colors)."""
+"""Poses and boxes drawn over images (OpenCV, anti-aliased, in the colors of the paper)."""
 
 import cv2
 import numpy as np
+import torch
 
-from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.pose.skeletons import Skeleton, get_skeleton
 
 _SHIFT = 4  # fractional bits of OpenCV's fixed-point coordinates
-_PAPER = (250, 250, 250)
-_INK = (40, 40, 40)
-# OpenCV's own circles of two or three pixels are diamonds.
+# cv2.circle draws a radius of two or three pixels as a diamond.
 _CIRCLE = np.stack([np.cos(np.arange(24) * np.pi / 12), np.sin(np.arange(24) * np.pi / 12)], -1)
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
-def draw_pose(image, joints, shown=None, *, skeleton, thickness=None):
-    """Draws one person's limbs and joints over an image, in place, and returns it.
+def draw_pose(
+    image: np.ndarray,
+    joints: np.ndarray,
+    shown: np.ndarray | torch.Tensor | None = None,
+    *,
+    skeleton: str | Skeleton,
+    thickness: float | None = None,
+) -> np.ndarray:
+    """Draws a person's limbs and joints over an image, in place, and returns it.
 
     Args:
         image: ``(H, W, 3)`` uint8 BGR.
-        joints: ``(K, 2)`` in its pixels.
-        shown: ``(K,)`` bool, joints to draw; a limb is drawn where both ends are. By default those that are finite.
+        joints: ``(K, 2)`` in image pixels.
+        shown: ``(K,)`` bool, joints to draw; a limb is drawn if both ends are. By default all finite joints.
         skeleton: a :class:`~amil_fast.pose.skeletons.Skeleton` or its name.
-        thickness: of a limb in pixels; by default it goes with the size of the person.
+        thickness: of a limb in pixels; by default proportional to the person's extent.
+
+    Raises:
+        ValueError: ``joints`` or ``shown`` of the wrong shape.
     """
     skeleton = get_skeleton(skeleton)
     joints = np.asarray(joints, np.float64)
@@ -34,7 +42,7 @@ def draw_pose(image, joints, shown=None, *, skeleton, thickness=None):
     if thickness is None:
         extent = np.ptp(joints[shown], axis=0).max()
         thickness = float(np.clip(extent * 0.022, 1.6, max(2.0, max(image.shape[:2]) / 90)))
-    # A dark rim keeps light limbs legible on light ground.
+    # The dark rim keeps light limbs visible on a light background.
     for rim in (True, False):
         for (a, b), color in zip(skeleton.limbs, skeleton.limb_colors, strict=True):
             if shown[a] and shown[b]:
@@ -46,8 +54,8 @@ def draw_pose(image, joints, shown=None, *, skeleton, thickness=None):
     return image
 
 
-def draw_box(image, box, thickness=1):
-    """Draws a box ``(x, y, width, height)`` over an image, in place, and returns it; NaN draws nothing."""
+def draw_box(image: np.ndarray, box: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """Draws a box ``(x, y, width, height)`` over an image, in place, and returns it; a box with NaN is not drawn."""
     if np.isfinite(box).all():
         x, y, w, h = (float(value) for value in box)
         corners = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]]) - 0.5
@@ -58,7 +66,7 @@ def draw_box(image, box, thickness=1):
 
 
 def _bar(image, a, b, width, color):
-    """A line of any width with round ends; OpenCV's own have whole widths only."""
+    """Line of fractional width with round ends; cv2.line takes integer widths only."""
     along = b - a
     length = np.linalg.norm(along)
     if length > 1e-6:
@@ -74,127 +82,32 @@ def _disc(image, middle, radius, color):
     cv2.fillPoly(image, [np.round(outline * (1 << _SHIFT)).astype(np.int32)], color, cv2.LINE_AA, _SHIFT)
 
 
-def to_picture(image, side=None):
-    """A crop ``(3, S, S)`` uint8 or float in [0, 1], RGB, tensor or array, as ``(side, side, 3)`` uint8 BGR.
+def to_bgr(image: np.ndarray | torch.Tensor, side: int | None = None) -> tuple[np.ndarray, float]:
+    """Converts a crop ``(3, S, S)``, uint8 or float in [0, 1], RGB, to ``(side, side, 3)`` uint8 BGR.
 
-    Returns ``(picture, factor)``; crop pixel x is at ``factor * x + (factor - 1) / 2``.
+    Returns:
+        ``(image, factor)``; crop pixel x is at ``factor * x + (factor - 1) / 2``.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8:
         image = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
-    picture = np.ascontiguousarray(image.transpose(1, 2, 0)[:, :, ::-1])
-    side = side or picture.shape[0]
-    factor = side / picture.shape[0]
+    bgr = np.ascontiguousarray(image.transpose(1, 2, 0)[:, :, ::-1])
+    side = side or bgr.shape[0]
+    factor = side / bgr.shape[0]
     if factor != 1:
         method = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
-        picture = cv2.resize(picture, (side, side), interpolation=method)
-    return picture, factor
+        bgr = cv2.resize(bgr, (side, side), interpolation=method)
+    return bgr, factor
 
 
-def pose_tile(image, joints, shown=None, *, skeleton, side=240):
-    """A crop with a pose over it: ``(side, side, 3)`` uint8 BGR. ``joints (K, 2)`` are in crop pixels."""
-    picture, factor = to_picture(image, side)
-    return draw_pose(picture, np.asarray(joints) * factor + (factor - 1) / 2, shown, skeleton=skeleton)
-
-
-def contact_sheet(rows, *, captions=None, titles=None, heading=None, gap=6):
-    """Pictures in a grid.
-
-    Args:
-        rows: list of lists of ``(side, side, 3)`` uint8 BGR pictures, all of one size; rows may differ in length.
-        captions: a text below each picture, in the same nesting, or None.
-        titles: a text to the left of each row, or None.
-        heading: a text above it all, or None.
-
-    Returns:
-        ``(H, W, 3)`` uint8 BGR.
-    """
-    if not rows or not any(rows):
-        raise ValueError("rows: expected at least one picture")
-    side = rows[0][0].shape[0]
-    size = side / 460  # of the font
-    line = round(side * 0.11) if captions else 0
-    left = round(side * 0.42) if titles else gap
-    top = round(side * 0.17) if heading else gap
-    columns = max(len(row) for row in rows)
-    sheet = np.full((top + len(rows) * (side + line + gap), left + columns * (side + gap), 3), _PAPER, np.uint8)
-    if heading:
-        _text(sheet, heading, (gap, round(top * 0.68)), size * 1.35)
-    for r, row in enumerate(rows):
-        y = top + r * (side + line + gap)
-        if titles:
-            for i, part in enumerate(titles[r].split("\n")):
-                _text(sheet, part, (gap, y + round(side * (0.09 + 0.1 * i))), size * 1.05)
-        for c, picture in enumerate(row):
-            x = left + c * (side + gap)
-            sheet[y : y + side, x : x + side] = picture
-            if captions and captions[r][c]:
-                _text(sheet, captions[r][c], (x + 2, y + side + round(line * 0.72)), size, side - 4)
-    return sheet
-
-
-def _text(image, text, place, size, room=None):
-    (width, _), _ = cv2.getTextSize(text, _FONT, size, 1)
-    if room and width > room:
-        size *= room / width
-    cv2.putText(image, text, place, _FONT, size, _INK, 1, cv2.LINE_AA)
-
-
-def sample_sheet(dataset, keys, *, columns=8, side=200, heading=None):
-    """Contact sheet of samples of a pose data set with their joints, for looking at what a network is fed.
-
-    ``keys``: what to ask the data set for. Captions name sample, epoch and whether it was mirrored.
-    """
-    skeleton = dataset.skeleton
-    tiles, captions = [], []
-    for key in keys:
-        sample = dataset[key]
-        tiles.append(
-            pose_tile(sample["image"], sample["joints"], sample["visibility"] > 0, skeleton=skeleton, side=side)
-        )
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        captions.append(f"#{index} epoch {epoch}{', mirrored' if sample['flipped'] else ''}")
-    parts = range(0, len(tiles), columns)
-    return contact_sheet(
-        [tiles[i : i + columns] for i in parts], captions=[captions[i : i + columns] for i in parts], heading=heading
-    )
-
-
-def comparison_sheet(crops, targets, predictions, valid, errors, *, skeleton, number=6, side=200, heading=None):
-    """Contact sheet of the best, median and worst samples, ground truth beside prediction.
-
-    Args:
-        crops: function of a sample's index giving ``(image (3, S, S), to_image (2, 3))``, its picture.
-        targets, predictions: ``(N, K, 2)`` in image pixels; ``valid (N, K)`` bool.
-        errors: ``(N,)`` what samples are ranked by, NaN = not ranked.
-        number: samples in each row.
-    """
-
-    rows, captions = [], []
-    chosen = best_median_worst(errors, number)
-    for indices in chosen.values():
-        row, texts = [], []
-        for i in indices:
-            image, to_image = crops(i)
-            linear = np.linalg.inv(np.asarray(to_image)[:, :2])
-
-            origin = np.asarray(to_image)[:, 2]
-            for points, shown, what in ((targets[i], valid[i], "truth"), (predictions[i], None, "prediction")):
-                in_crop = (np.asarray(points) - origin) @ linear.T
-                row.append(pose_tile(image, in_crop, shown, skeleton=skeleton, side=side))
-                texts.append(f"#{i} {what}" + (f", error {errors[i]:.2f}" if what == "prediction" else ""))
-        rows.append(row)
-        captions.append(texts)
-    return contact_sheet(rows, captions=captions, titles=list(chosen), heading=heading)
-
-
-def best_median_worst(errors, number):
-    """Indices of the ``number`` samples of the smallest, middle and largest errors; NaN left out."""
-    ranked = np.argsort(errors, kind="stable")[: int(np.isfinite(errors).sum())]
-    number = min(number, len(ranked))
-    middle = (len(ranked) - number) // 2
-    return {
-        "best": ranked[:number].tolist(),
-        "median": ranked[middle : middle + number].tolist(),
-        "worst": ranked[len(ranked) - number :][::-1].tolist(),
-    }
+def pose_tile(
+    image: np.ndarray | torch.Tensor,
+    joints: np.ndarray | torch.Tensor,
+    shown: np.ndarray | torch.Tensor | None = None,
+    *,
+    skeleton: str | Skeleton,
+    side: int = 240,
+) -> np.ndarray:
+    """Crop with a pose drawn over it: ``(side, side, 3)`` uint8 BGR; ``joints (K, 2)`` in crop pixels."""
+    tile, factor = to_bgr(image, side)
+    return draw_pose(tile, np.asarray(joints) * factor + (factor - 1) / 2, shown, skeleton=skeleton)

@@ -1,18 +1,26 @@
-"""Curves, confusion matrices and error histograms as pictures (Matplotlib, without a display)."""
+"""Curves, confusion matrices and error histograms (Matplotlib figures, independent of the active backend)."""
+
+import os
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from amil_fast.pose.skeletons import get_skeleton
+from amil_fast.pose.skeletons import Skeleton, get_skeleton
+from amil_fast.utils.files import atomic_path
 
 _INK = "#33363b"
 
 
 def _figure(width, height):
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _save(figure, path):
+    if path is not None:
+        with atomic_path(path) as partial:
+            figure.savefig(partial)
 
 
 def _style(axes):
@@ -23,16 +31,16 @@ def _style(axes):
     axes.set_axisbelow(True)
 
 
-def plot_curves(results, path=None, *, metric="PCK", marked=0.2):
-    """PCK or PCKh over the threshold r (the paper's Fig. 5): a panel for the mean and one for each joint group.
+def plot_curves(
+    results: dict[str, dict], path: str | os.PathLike | None = None, *, metric: str = "PCK", marked: float = 0.2
+) -> Figure:
+    """Plots PCK or PCKh over the threshold r (Fig. 5 of the paper): a panel for the mean and for each joint group.
 
     Args:
-        results: name -> what the metric's ``compute()`` gave; one line each.
-        path: where to save the picture, or None.
-        metric: text of the axis.
-        marked: a threshold to mark.
-
-    Returns the Matplotlib figure.
+        results: name -> result of the metric; a line each.
+        path: file to write, or None.
+        metric: label of the axis.
+        marked: threshold that is marked, with its values above the panels.
     """
     first = next(iter(results.values()))
     panels = ["mean", *first["groups"]]
@@ -41,24 +49,25 @@ def plot_curves(results, path=None, *, metric="PCK", marked=0.2):
     figure = _figure(11.5, 2.75 * rows + 0.4)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     lines = ["#7a1fa2", "#1f6fd6", "#0a8a4a", "#e8590c", "#c2185b", "#5f6b7a"]
-    for place, axes in enumerate(grid.flat):
-        if place >= len(panels):
+    for panel, axes in enumerate(grid.flat):
+        if panel >= len(panels):
             axes.set_visible(False)
             continue
-        name = panels[place]
+        name = panels[panel]
         _style(axes)
         axes.axvline(marked, color="#b9bdc6", linewidth=0.9, linestyle=(0, (4, 3)))
-        texts = []
+        values_at = []
         for number, (label, result) in enumerate(results.items()):
             thresholds = np.asarray(result["thresholds"])
             values = 100 * np.asarray(result["mean"] if name == "mean" else result["groups"][name])
             color = lines[number % len(lines)]
             axes.plot(thresholds, values, color=color, linewidth=1.9, label=label, clip_on=False)
             at = values[np.argmin(np.abs(thresholds - marked))]
-            texts.append((f"{at:.1f}" if np.isfinite(at) else "–", color))
-        for line, (text, color) in enumerate(reversed(texts)):
-            axes.text(0.97, 0.05 + 0.1 * line, text, color=color, transform=axes.transAxes, ha="right", fontsize=9.5)
-        axes.set_title(name, fontsize=10.5, color=_INK, fontweight="bold" if name == "mean" else "normal")
+            values_at.append((f"{at:.1f}" if np.isfinite(at) else "–", color))
+        axes.set_title(name, loc="left", fontsize=10.5, color=_INK, fontweight="bold" if name == "mean" else "normal")
+        # Beside the title, where no curve can run through them.
+        for place, (text, color) in enumerate(reversed(values_at)):
+            axes.text(1 - 0.14 * place, 1.03, text, color=color, transform=axes.transAxes, ha="right", fontsize=9.5)
         axes.set_xlim(0, thresholds[-1])
         axes.set_ylim(0, 100)
     for axes in grid[:, 0]:
@@ -67,23 +76,29 @@ def plot_curves(results, path=None, *, metric="PCK", marked=0.2):
         last = [axes for axes in grid[:, column] if axes.get_visible()][-1]
         last.set_xlabel("threshold r", color=_INK)
         last.tick_params(labelbottom=True)
-    title = f"{metric} over r; numbers: at r = {marked:g}"
+    title = f"{metric} over the threshold r; numbers: r = {marked:g}"
     figure.suptitle(title, fontsize=11, color=_INK, x=0.01, ha="left")
     if len(results) > 1:
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
-    if path is not None:
-        figure.savefig(path)
+    _save(figure, path)
     return figure
 
 
-def plot_confusion(counts, skeleton, path=None, *, title=None):
-    """The joint confusion matrix (the paper's Fig. 7): rows are joints predicted, columns what they landed on.
+def plot_confusion(
+    counts: np.ndarray | torch.Tensor,
+    skeleton: str | Skeleton,
+    path: str | os.PathLike | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Plots the joint confusion matrix (Fig. 7 of the paper), in percent of each row; left-right swaps are framed.
 
     Args:
-        counts: ``(K, K + 1)`` from :class:`~amil_fast.metrics.modules.JointConfusion`.
-        skeleton: a :class:`~amil_fast.pose.skeletons.Skeleton` or its name.
-
-    Cells are percent of their row. The frames mark the cells where left and right were swapped.
+        counts: ``(K, K + 1)`` from :class:`~amil_fast.metrics.modules.JointConfusion`: rows are predicted joints,
+            columns the annotated joints nearest to the predictions.
+        skeleton: of the joints.
+        path: file to write, or None.
+        title: by default an explanation.
     """
     skeleton = get_skeleton(skeleton)
     counts = np.asarray(counts, float)
@@ -91,7 +106,7 @@ def plot_confusion(counts, skeleton, path=None, *, title=None):
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = _figure(0.52 * (K + 4), 0.5 * (K + 2.5))
     axes = figure.subplots()
-    # Errors are rare: the square root brings out the pale end.
+    # The square root makes rare errors visible.
     axes.imshow(np.sqrt(share), cmap="Purples", vmin=0, vmax=10, aspect="auto")
     for row in range(K):
         for column in range(K + 1):
@@ -103,7 +118,7 @@ def plot_confusion(counts, skeleton, path=None, *, title=None):
     for a, b in skeleton.flip_pairs:
         for row, column in ((a, b), (b, a)):
             corner = (column - 0.47, row - 0.47)
-            axes.add_patch(_frame(corner))
+            axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="#e8590c", linewidth=1.1))
     names = list(skeleton.joints)
     axes.set_xticks(range(K + 1), [*names, "no joint"], rotation=50, ha="right", rotation_mode="anchor", fontsize=8.5)
     axes.set_yticks(range(K), names, fontsize=8.5)
@@ -112,33 +127,39 @@ def plot_confusion(counts, skeleton, path=None, *, title=None):
     for label, color in zip(axes.get_xticklabels(), skeleton.joint_colors, strict=False):
         label.set_color(_readable(color))
     axes.axvline(K - 0.5, color=_INK, linewidth=1)
-    axes.set_xlabel("landed on", color=_INK)
+    axes.set_xlabel("nearest annotated joint", color=_INK)
     axes.set_ylabel("predicted", color=_INK)
     axes.tick_params(length=0)
     axes.set_title(
-        title or "Which joint a prediction landed on (%); framed: left and right swapped", fontsize=10, color=_INK
+        title or "Annotated joint nearest to each prediction (%); framed: left-right swaps", fontsize=10, color=_INK
     )
-    if path is not None:
-        figure.savefig(path)
+    _save(figure, path)
     return figure
 
 
-def _frame(corner):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="#e8590c", linewidth=1.1)
-
-
 def _readable(color):
-    """The paper's colors, dark enough for small text on white."""
+    """Joint color, darkened for small text on white."""
     red, green, blue = (channel / 255 for channel in color)
     light = 0.299 * red + 0.587 * green + 0.114 * blue
     factor = min(1.0, 0.45 / light)
     return (red * factor, green * factor, blue * factor)
 
 
-def plot_errors(histogram, skeleton, path=None, *, unit="the person's size"):
-    """Each joint's error histogram, one small panel per joint, with its median and the share beyond the last bin."""
+def plot_errors(
+    histogram: dict,
+    skeleton: str | Skeleton,
+    path: str | os.PathLike | None = None,
+    *,
+    unit: str = "person size",
+) -> Figure:
+    """Plots the error histogram of every joint, with the median and the fraction beyond the last bin.
+
+    Args:
+        histogram: result of :class:`~amil_fast.metrics.modules.JointErrors`.
+        skeleton: of the joints.
+        path: file to write, or None.
+        unit: unit of the errors.
+    """
     skeleton = get_skeleton(skeleton)
     edges, counts = np.asarray(histogram["edges"]), np.asarray(histogram["counts"], float)
     columns = 4 if skeleton.num_joints > 12 else 3
@@ -167,6 +188,5 @@ def plot_errors(histogram, skeleton, path=None, *, unit="the person's size"):
         last = [axes for axes in grid[:, column] if axes.get_visible()][-1]
         last.set_xlabel(f"error / {unit}", color=_INK, fontsize=8.5)
         last.tick_params(labelbottom=True)
-    if path is not None:
-        figure.savefig(path)
+    _save(figure, path)
     return figure

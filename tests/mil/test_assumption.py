@@ -10,8 +10,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from amil_fast.mil.training import PAPER_SETTINGS, BagClassifiers, area_under_roc
 
+from amil_fast.mil import PAPER_SETTINGS, BagClassifiers, area_under_roc
 from amil_fast.mil.bag_files import check_bag_data
 from amil_fast.nn import POOLINGS
 
