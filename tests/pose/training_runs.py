@@ -1,4 +1,4 @@
-"""What the tests of training share: a run so small that a step takes milliseconds."""
+"""Shared by the tests of training: a configuration so small that a step takes milliseconds."""
 
 import dataclasses
 import io
@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from amil_fast.pose.training.config import (
+from amil_fast.pose.training import (
     DataConfig,
     DiscriminatorConfig,
     GeneratorConfig,
@@ -40,7 +40,7 @@ TINY = TrainConfig(
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For a module that imports it: one thread, as TINY asks for, and what there was before for those that follow."""
+    """Restores the number of threads after each test of a module that imports this fixture (TINY sets one)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def one_thread():
 
 
 class WithGaps(torch.utils.data.Dataset):
-    """A pose data set in which some joints are not annotated, in every crop others."""
+    """A pose data set in which some joints, different ones in each crop, are not annotated."""
 
     def __init__(self, dataset):
         self.dataset, self.skeleton = dataset, dataset.skeleton
@@ -62,12 +62,12 @@ class WithGaps(torch.utils.data.Dataset):
         return sample
 
 
-def data_with_gaps(config, **options):
-    """As ``training_data``."""
-    data = training_data(config, **options)
+def data_with_gaps(config):
+    """The data of a configuration, with :class:`WithGaps` for training."""
+    data = training_data(config)
     return dataclasses.replace(data, training=WithGaps(data.training))
 
 
 def quiet_console():
-    """A console whose text is ``console.file.getvalue()``."""
+    """A console that prints to ``console.file``, a StringIO."""
     return Console(file=io.StringIO(), width=300)
