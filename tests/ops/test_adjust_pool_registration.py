@@ -120,7 +120,7 @@ def test_fake_tensors():
 
 
 def test_autocast_has_no_effect():
-    """Pooling accumulates in float32 under autocast, too, and returns the dtype of its input."""
+    """Pooling accumulates in float32 also under autocast and returns the dtype of its input."""
     x = random_bags(2, 9, 16, dtype=torch.float32)
     expected = {backend: adjust_pool(x, backend=backend) for backend in ("cpp", "reference")}
     with torch.autocast("cpu", dtype=torch.bfloat16):

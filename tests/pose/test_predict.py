@@ -151,7 +151,7 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert (tmp_path / "in/a.png").read_bytes() == before
 
 
-def test_damaged_videos_are_reported_and_skipped(inputs, tmp_path):
+def test_damaged_videos_do_not_stop_the_run(inputs, tmp_path):
     folder, _ = inputs
     data = (folder / "clip.avi").read_bytes()
     (folder / "clip.avi").write_bytes(data[: int(0.75 * len(data))])
