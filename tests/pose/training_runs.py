@@ -2,17 +2,20 @@
 
 import dataclasses
 import io
+import json
 
 import pytest
 import torch
 from rich.console import Console
 
+from amil_fast.pose import heatmap_loss
 from amil_fast.pose.training import (
     DataConfig,
     DiscriminatorConfig,
     GeneratorConfig,
     LossConfig,
     OptimizerConfig,
+    PoseTraining,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
@@ -71,3 +74,28 @@ def data_with_gaps(config):
 def quiet_console():
     """A console that prints to ``console.file``, a StringIO."""
     return Console(file=io.StringIO(), width=300)
+
+
+def training(out, *, resume=False, data=None, on_step=None, on_save=None, heatmap_loss=heatmap_loss, **settings):
+    """A run of TINY with some settings changed: ``data__workers=1`` sets ``data.workers``."""
+    config = TINY.override({name.replace("__", "."): value for name, value in settings.items()})
+    options = {"resume": resume, "data": data, "on_step": on_step, "on_save": on_save, "heatmap_loss": heatmap_loss}
+    return PoseTraining(config, out, quiet_console(), **options)
+
+
+def text_of(run):
+    return run.console.file.getvalue()
+
+
+def history(out):
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def stop_after(step):
+    """A callback that requests a stop after a step, as a signal would."""
+
+    def on_step(run, parts, terms):
+        if run.progress.step == step:
+            run.stop.request("SIGTERM")
+
+    return on_step
