@@ -143,7 +143,7 @@ def slices(case, elements=1 << 26):
 
 
 def errors(case, x, upstream, results):
-    """Relative errors against float64 of ``results``, name -> ``(bag, gradient)`` and of eager in that dtype ("plain").
+    """Relative errors of ``results``, name -> ``(bag, gradient)``, and of eager in that dtype ("plain"), to float64.
 
     Slice by slice, since float64 autograd of a whole case does not fit. Returns name -> (error of bag, of gradient).
     """
