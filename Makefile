@@ -7,6 +7,7 @@ CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
 .PHONY: install demo test lint format docs bench kernels clean
 
+# Creates .venv; repeated only if one of the files below has changed.
 install: $(INSTALLED)
 
 # Editable, with all extras, built in pip's isolated environment. torch and Triton are pinned by constraints.txt.
@@ -22,15 +23,18 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*
 demo: install
 	$(BIN)/amil demo
 
+# PYTEST_ARGS="tests/ops -x" selects tests and options.
 test: install
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+# Style, formatting and types; changes nothing.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
+# Fixes what can be fixed automatically.
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -49,6 +53,7 @@ bench: install
 kernels: install
 	$(BIN)/python -m amil_fast.kernels.aot
 
+# Removes the environment, all builds and the output of the demo.
 clean:
 	rm -rf build dist *.egg-info $(VENV) demo
 	find . -name '*.so' -not -path './$(VENV)/*' -delete

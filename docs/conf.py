@@ -24,6 +24,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
+autodoc_default_options = {"exclude-members": "extra_repr"}  # documented by torch.nn.Module
 
 html_theme = "furo"
 html_static_path = ["_static"]

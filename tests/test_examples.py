@@ -1,12 +1,15 @@
 """The examples and the code blocks of README and documentation run and print what they promise."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import amil_fast
 from tests.helpers import ROOT
 
 # Script -> pattern of a printed figure and the least value that shows that it works.
@@ -48,11 +51,25 @@ def test_code_blocks_run(page, printed):
     assert "False" not in "".join(lines) and "Error" not in "".join(lines)
 
 
+def test_equivalents_in_readme_are_equivalent():
+    """The plain PyTorch code shown for each of the two functions gives the same results."""
+    text = (ROOT / "README.md").read_text()
+    generator = torch.Generator().manual_seed(0)
+
+    B, N = 3, 7
+    mask = torch.arange(N) < torch.tensor([[7], [4], [1]])
+    names = {"torch": torch, "B": B, "N": N, "num_iters": 3, "mask": mask}
+    names["instances"] = torch.randn(B, N, 5, generator=generator)
+    exec(re.search(r"```python\n(b = .*?)```", text, re.DOTALL)[1], names)
+    torch.testing.assert_close(names["bag"], amil_fast.adjust_pool(names["instances"], mask))
+
+    names = {"torch": torch, "W": 6, "heatmaps": torch.rand(2, 4, 5, 6, generator=generator)}
+    exec(re.search(r"`(scores, index = .*?)`", text)[1], names)
+    coords, scores = amil_fast.decode_heatmaps(names["heatmaps"])
+    assert torch.equal(names["coords"].float(), coords) and torch.equal(names["scores"], scores)
+
+
 def test_signatures_in_readme_have_the_real_defaults():
-    import inspect
-
-    import amil_fast
-
     text = (ROOT / "README.md").read_text()
     for function in (amil_fast.adjust_pool, amil_fast.decode_heatmaps):
         shown = re.search(rf"= amil_fast\.{function.__name__}\((\w+, [^)]*backend=[^)]*)\)\n", text)[1]
