@@ -1,6 +1,7 @@
 """File-based prediction, using a network with known predictions."""
 
 import json
+import time
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from amil_fast.pose.codec import crop_matrix
 from amil_fast.pose.data import Boxes, DataError, VideoFrames
 from amil_fast.pose.data.augment import warp_crop
+from amil_fast.pose.inference.frames import Frame
 from amil_fast.pose.inference.predict import predict
 from amil_fast.pose.inference.predictor import Predictor, load_model
 from amil_fast.pose.skeletons import LSP14
@@ -303,3 +305,25 @@ def test_two_stage_prediction(tmp_path, score, num_passes):
     assert rows[0]["bbox"] == [0, 0, 80, 100]
     with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
         predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=0)
+
+
+def test_network_seconds_exclude_cropping(tmp_path, monkeypatch):
+    """A clock that advances by 1 s per call of the network and by 100 s per crop."""
+    clock = [0.0]
+    crop = Frame.crop
+
+    def slow_crop(*arguments):
+        crop(*arguments)
+        clock[0] += 100
+
+    class Fixed:
+        size, skeleton = 64, LSP14
+
+        def __call__(self, images, to_image):
+            clock[0] += 1
+            return torch.tensor(person(np.random.default_rng(0), 80, 100))[None].float(), torch.ones(1, 14)
+
+    write(tmp_path / "a.png", ground(80, 100))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Frame, "crop", slow_crop)
+    assert predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2).network_seconds == 2

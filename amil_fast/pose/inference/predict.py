@@ -109,15 +109,18 @@ def predict(
     waiting: deque[Frame] = deque()
     num_crops = 0
 
+    def run_network(frames):
+        start = time.perf_counter()
+        _predict_frames(predictor, frames, batch_size)
+        summary.network_seconds += time.perf_counter() - start
+
     def flush():
         """Predicts and writes the waiting frames, in order."""
         frames = [frame for frame in waiting if frame.crops is not None and len(frame.crops)]
-        start = time.perf_counter()
-        _predict_frames(predictor, frames, batch_size)
+        run_network(frames)
         for _ in range(passes - 1 if boxes is None else 0):
             frames = [frame for frame in frames if _crop_to_joints(frame, predictor.size)]
-            _predict_frames(predictor, frames, batch_size)
-        summary.network_seconds += time.perf_counter() - start
+            run_network(frames)
         while waiting:
             frame = waiting.popleft()
             if frame.error:

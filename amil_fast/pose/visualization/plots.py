@@ -67,7 +67,7 @@ def plot_curves(
         axes.set_title(name, loc="left", fontsize=10.5, color=_INK, fontweight="bold" if name == "mean" else "normal")
         # Beside the title, where no curve can run through them.
         for place, (text, color) in enumerate(reversed(values_at)):
-            axes.text(1 - 0.14 * place, 1.03, text, color=color, transform=axes.transAxes, ha="right", fontsize=9.5)
+            axes.text(1 - 0.18 * place, 1.03, text, color=color, transform=axes.transAxes, ha="right", fontsize=9.5)
         axes.set_xlim(0, thresholds[-1])
         axes.set_ylim(0, 100)
     for axes in grid[:, 0]:
