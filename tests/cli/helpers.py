@@ -1,4 +1,4 @@
-"""Runs the command in this process."""
+"""Invocation of the command in the test process."""
 
 from typer.testing import CliRunner
 
@@ -6,5 +6,5 @@ from amil_fast.cli.app import app
 
 
 def amil(*arguments):
-    """The result of ``amil ARGUMENTS...``: ``exit_code``, ``output``, ``exception``."""
+    """Runs ``amil ARGUMENTS...``; the result has ``exit_code``, ``output`` and ``exception``."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
