@@ -1,16 +1,17 @@
-"""Fused adjust pooling and heatmap decoding for PyTorch, and the AMIL pose model built on them.
+"""Fused adjust pooling and heatmap decoding for PyTorch, and the AMIL pose model based on them.
 
-``import amil_fast`` needs torch and numpy only; Triton and the compiled extension are loaded by the first call that
-uses them, and everything below ``amil_fast.pose``, ``data``, ``evaluation`` and ``training`` by its first use.
+``import amil_fast`` needs PyTorch and NumPy only. Triton and the compiled extension are loaded by the first call that
+uses them, the subpackages ``nn``, ``metrics``, ``mil`` and ``pose`` on first access.
 """
 
 import importlib
+from typing import Any
 
 from amil_fast.ops import adjust_pool, decode_heatmaps, soft_argmax
 
 __version__ = "0.2.0"
 
-# Public name -> module that defines it; imported when first asked for.
+# Public name -> module that defines it, imported on first access; None: the name is a subpackage.
 _LAZY = {
     "AdjustPool": "amil_fast.nn",
     "MIRNet": "amil_fast.nn",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'amil_fast' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name] or f"amil_fast.{name}")
@@ -45,5 +46,5 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})

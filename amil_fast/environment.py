@@ -1,4 +1,4 @@
-"""What this installation is and can do: :func:`info`."""
+"""Versions, devices, build and usable backends: :func:`info`."""
 
 import importlib.metadata
 import importlib.util
@@ -10,10 +10,10 @@ import torch
 from amil_fast.ops import backends
 
 
-def info():
-    """Versions, devices, what was built, and for each backend None where it is usable here, else the reason.
+def info() -> dict:
+    """Returns versions, devices, build, and the usable backends, as a dict for ``json.dumps``.
 
-    Returns a dict of plain values, ready for ``json.dumps``::
+    A backend is None if it is usable on this machine, otherwise the reason why not::
 
         {"versions": {...}, "devices": {...}, "build": {...} or None, "backends": {"cpp": None, "triton": "…", ...}}
     """
@@ -62,8 +62,8 @@ def _version(package):
         return None
 
 
-def format_info(values):
-    """:func:`info` as lines of text."""
+def format_info(values: dict) -> str:
+    """Formats :func:`info` as lines of text."""
     lines = []
     for section, content in values.items():
         lines.append(section)

@@ -1,4 +1,4 @@
-"""What the benchmark files share: the machine in the JSON, and what a timed pass may count on."""
+"""Machine information in the JSON files of pytest-benchmark."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ import torch
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Only what a reader needs to judge the figures; no names of hosts."""
+    """Keeps hardware and versions only; no host names."""
     cpu = machine_info.get("cpu", {})
     machine_info.clear()
     machine_info.update(

@@ -1,26 +1,26 @@
 """adjust_pool against reference autograd, torch.compile of it, and T calls of scaled_dot_product_attention.
 
-All rivals of a case are timed in turns in one process, after their results were found equal; ratios are medians of the
-turns' ratios. Bytes that must move at least (one bag on chip or in a cache): forward, the instances once; backward, the
-instances once and their gradient once. The yardsticks beside the rivals are ``x.amax()``, one read, and
-``y.copy_(x)``, one read and one write. ``pytest benchmarks/test_adjust_pool.py --benchmark-only``
+All rivals of a case are timed in turns in one process after their results are verified; ratios are medians over the
+turns. Minimum bytes moved (one bag on chip or in a cache): forward, the instances once; backward, the instances once
+and their gradient once. Baselines: ``x.amax()``, one pass over the input, and ``y.copy_(x)``, one read and one write.
+``pytest benchmarks/test_adjust_pool.py --benchmark-only``
 """
 
 import functools
 import statistics
-import time
 
 import pytest
 import torch
 
 import amil_fast
-from amil_fast.ops.adjust_pool_reference import adjust_pool_reference, squash
+from benchmarks.rivals import NUM_ITERS, attention_pool, eager_pool
+from benchmarks.timing import in_turns, ratio, timed
 
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
 ]
-# (bags, instances, features) and dtype of padded bags without padding, then packed bags of very different sizes.
+# Padded bags without padding, (bags, instances, features) and dtype; packed bags of very different sizes.
 PADDED = {
     "(256, 64, 128)": ((256, 64, 128), torch.float32),
     "(32, 1024, 128)": ((32, 1024, 128), torch.float32),
@@ -29,48 +29,24 @@ PADDED = {
     "(32, 1024, 128) bfloat16": ((32, 1024, 128), torch.bfloat16),
 }
 RAGGED = {"ragged 200-20000 x 256": ([200, 20000, 350, 1500, 700, 6000, 240, 3000, 900, 12000, 480, 260], 256)}
-T = 3
-TURNS = 7
-# One function is compiled for every case; past the default limit torch.compile would quietly run it eagerly.
+# One function is compiled for every case; beyond the default limit torch.compile falls back to eager execution.
 torch._dynamo.config.recompile_limit = 256
 
 
-def attention_formulation(f):
-    """The same function as T attention calls with one query, K = V = F."""
-    f = f[:, None]
-    s_sum = torch.zeros_like(f[:, :, :1])
-    for _ in range(T):
-        sigma = torch.nn.functional.scaled_dot_product_attention(s_sum, f, f, scale=1.0)
-        s = squash(sigma)
-        s_sum = s_sum + s
-    return s[:, 0, 0]
-
-
 def functions_of(cu_seqlens):
-    """The rivals: name -> function of the instances."""
-    if cu_seqlens is not None:
-        reference = functools.partial(_first, cu_seqlens=cu_seqlens, num_iters=T)
-        return {
-            "amil_fast": lambda x: amil_fast.adjust_pool(x, cu_seqlens=cu_seqlens, num_iters=T),
-            "eager": reference,
-            "compile": torch.compile(reference, dynamic=False),
-        }
-    reference = functools.partial(_first, num_iters=T)
-    return {
-        "amil_fast": lambda x: amil_fast.adjust_pool(x, num_iters=T),
+    """Rivals: name -> function of the instances."""
+    reference = functools.partial(eager_pool, cu_seqlens=cu_seqlens)
+    functions = {
+        "amil_fast": lambda x: amil_fast.adjust_pool(x, cu_seqlens=cu_seqlens, num_iters=NUM_ITERS),
         "eager": reference,
         "compile": torch.compile(reference, dynamic=False),
-        "attention": attention_formulation,
     }
-
-
-def _first(x, **kwargs):
-    return adjust_pool_reference(x, **kwargs)[0]
+    return functions if cu_seqlens is not None else {**functions, "attention": attention_pool}
 
 
 @functools.cache
 def make_case(name, device):
-    """``(x, upstream gradient, the rivals)``."""
+    """``(x, upstream gradient, rivals)`` of one case."""
     generator = torch.Generator().manual_seed(0)
     if name in RAGGED:
         lengths, D = RAGGED[name]
@@ -99,8 +75,8 @@ def passes_of(function, x, upstream):
     return {"forward": forward, "forward+backward": both}
 
 
-def kept_bytes(function, x):
-    """What autograd keeps alive between forward and backward besides the input, in bytes."""
+def saved_activation_bytes(function, x):
+    """Bytes of the activations that autograd saves for the backward pass, without the input."""
     storages = {}
     leaf = x.clone().requires_grad_()
 
@@ -115,28 +91,13 @@ def kept_bytes(function, x):
     return sum(storages.values())
 
 
-def timed(call, device):
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def in_turns(calls, device):
-    """Medians of TURNS turns in which every call runs in a small block of its own: name -> list of seconds."""
-    once = {name: min(timed(call, device) for _ in range(3)) for name, call in calls.items()}
-    turns = {name: [] for name in calls}
-    for _ in range(TURNS):
-        for name, call in calls.items():
-            block = [timed(call, device) for _ in range(int(min(20, max(2, 0.05 / once[name]))))]
-            turns[name].append(statistics.median(block[len(block) // 4 :]))
-    return turns
-
-
 @functools.cache
 def measured(name, device):
-    """All rivals' passes of one case: pass -> rival -> seconds by turn; the yardsticks; bytes kept for backward."""
+    """Verifies and times all rivals of one case.
+
+    Returns the medians of the turns, pass -> rival or baseline -> seconds; rival -> bytes of saved activations; and the
+    bytes of the instances.
+    """
     x, upstream, functions = make_case(name, device)
     passes = {rival: passes_of(function, x, upstream) for rival, function in functions.items()}
     truth = functions["eager"](x.double())
@@ -148,18 +109,14 @@ def measured(name, device):
             ("gradient", passes[rival]["forward+backward"](), truth_grad),
         ):
             error = ((actual.double() - expected).norm() / expected.norm()).item()
-            assert error < tolerance, f"{rival}'s {what} is wrong: relative error {error:.1e}"
+            assert error < tolerance, f"{rival}, {what}: relative error {error:.1e}"
     y = torch.empty_like(x)
-    yardsticks = {"amax": lambda: x.amax(), "copy": lambda: y.copy_(x)}
+    baselines = {"amax": lambda: x.amax(), "copy": lambda: y.copy_(x)}
     turns = {
-        which: in_turns({**{rival: passes[rival][which] for rival in functions}, **yardsticks}, device)
+        which: in_turns({**{rival: passes[rival][which] for rival in functions}, **baselines}, device)
         for which in ("forward", "forward+backward")
     }
-    return turns, {rival: kept_bytes(function, x) for rival, function in functions.items()}, x.nbytes
-
-
-def ratio(turns, a, b):
-    return statistics.median(x / y for x, y in zip(turns[a], turns[b], strict=True))
+    return turns, {rival: saved_activation_bytes(function, x) for rival, function in functions.items()}, x.nbytes
 
 
 RIVALS = ["amil_fast", "eager", "compile", "attention"]
@@ -173,14 +130,14 @@ CASES = [*PADDED, *RAGGED]
 def test_adjust_pool(benchmark, name, which, rival, device):
     if rival == "attention" and name in RAGGED:
         pytest.skip("scaled_dot_product_attention has no packed form on the CPU")
-    turns, kept, size = measured(name, device)
+    turns, saved, size = measured(name, device)
     turns = turns[which]
     x, upstream, functions = make_case(name, device)
     call = passes_of(functions[rival], x, upstream)[which]
     benchmark.group = f"adjust_pool {which} {name} {device}"
     benchmark.pedantic(lambda: timed(call, device), rounds=3, warmup_rounds=2)
     seconds = statistics.median(turns[rival])
-    floor = size if which == "forward" else 3 * size
+    bytes_moved = size if which == "forward" else 3 * size
     copy_bandwidth = 2 * size / statistics.median(turns["copy"])
     benchmark.extra_info.update(
         operator="adjust_pool",
@@ -192,11 +149,11 @@ def test_adjust_pool(benchmark, name, which, rival, device):
         spread_ms=[round(min(turns[rival]) * 1e3, 4), round(max(turns[rival]) * 1e3, 4)],
         times_of_ours=round(ratio(turns, rival, "amil_fast"), 3),
         times_of_amax=round(ratio(turns, rival, "amax"), 3),
-        bytes=floor,
+        bytes=bytes_moved,
         bytes_formula="forward: instances; forward+backward: instances twice, gradient once",
-        gb_per_s=round(floor / seconds / 1e9, 2),
-        share_of_copy_bandwidth=round(floor / seconds / copy_bandwidth, 3),
-        kept_for_backward_bytes=kept[rival],
+        gb_per_s=round(bytes_moved / seconds / 1e9, 2),
+        share_of_copy_bandwidth=round(bytes_moved / seconds / copy_bandwidth, 3),
+        saved_activation_bytes=saved[rival],
     )
 
 
@@ -204,7 +161,7 @@ def test_adjust_pool(benchmark, name, which, rival, device):
 @pytest.mark.parametrize("which", ["forward", "forward+backward"])
 @pytest.mark.parametrize("rival", ["amil_fast", "softmax+bmm"])
 def test_host_overhead(benchmark, which, rival, device):
-    """Tiny bags (16, 8, 32): what a call costs whatever it computes. The yardstick is one softmax and one bmm."""
+    """Launch overhead: tiny bags (16, 8, 32), compared with one softmax and one bmm."""
     x = torch.randn(16, 8, 32, device=device)
     weights = torch.randn(16, 1, 8, device=device)
     function = {
@@ -215,7 +172,7 @@ def test_host_overhead(benchmark, which, rival, device):
     calls = {}
     for name in function:
         call = passes_of(function[name], x, upstream[name])[which]
-        calls[name] = functools.partial(_many, call)
+        calls[name] = functools.partial(_repeat, call)
     turns = in_turns(calls, device)
     benchmark.group = f"host overhead {which} {device}"
     benchmark.pedantic(calls[rival], rounds=5, warmup_rounds=1)
@@ -233,6 +190,6 @@ def test_host_overhead(benchmark, which, rival, device):
 REPEATS = 200
 
 
-def _many(call):
+def _repeat(call):
     for _ in range(REPEATS):
         call()

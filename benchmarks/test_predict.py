@@ -1,8 +1,7 @@
-"""The whole way from photos on the disk to joints, with the shipped generator: images per second, and what takes the
-time.
+"""End-to-end prediction from image files to joints with the shipped generator: images per second, shares of the time.
 
-One benchmark per number of threads (1, and all) and batch size (1, 16). An image is read and decoded, cropped,
-normalized, seen by the network twice (itself and mirrored), decoded with DARK, and mapped back.
+One benchmark per precision, number of threads (1, all cores) and batch size (1, 16). An image is read, cropped and
+normalized, passes through the network twice (flip test), and its heatmaps are decoded with DARK to image coordinates.
 ``pytest benchmarks/test_predict.py --benchmark-only``
 """
 
@@ -37,8 +36,8 @@ def photos(tmp_path_factory):
     return paths
 
 
-class Watch:
-    """Adds up the time spent in a function."""
+class Stopwatch:
+    """Wraps a function and accumulates the time spent in it, in ``seconds``."""
 
     def __init__(self, function, device):
         self.function, self.device, self.seconds = function, device, 0.0
@@ -62,9 +61,9 @@ def test_predict(benchmark, photos, monkeypatch, precision, threads, batch, devi
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     predictor = Predictor(load_model().to(memory_format=torch.channels_last), device=device)
-    network = Watch(predictor._heatmaps, device)
-    decoder = Watch(module.decode_heatmaps, device)
-    monkeypatch.setattr(predictor, "_heatmaps", network)
+    network = Stopwatch(predictor.model, device)
+    decoder = Stopwatch(module.decode_heatmaps, device)
+    monkeypatch.setattr(predictor, "model", network)
     monkeypatch.setattr(module, "decode_heatmaps", decoder)
 
     def predict():

@@ -10,7 +10,7 @@ version = release = amil_fast.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax inside the pages, no network needed to read them
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -26,6 +26,8 @@ autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["math.css"]
 html_title = f"amil_fast {release}"
 html_theme_options = {"navigation_with_keys": True}
 exclude_patterns = ["build"]

@@ -1,4 +1,4 @@
-"""Backward kernels of adjust pooling: bags on chip, and bags in chunks. See adjust_pool_common.py for the notation.
+"""Backward kernels of adjust pooling: on-chip bags, and bags streamed in chunks. Notation: see adjust_pool_common.py.
 
 With ``g = dL/ds^T``, ``e^t = dL/dsigma^t``, ``J`` the squash's Jacobian, ``s_sum^t = s^1 + ... + s^(t-1)`` and
 ``w_i^t = exp(f_i . s_sum^t - lse^t)``:
@@ -6,26 +6,24 @@ With ``g = dL/ds^T``, ``e^t = dL/dsigma^t``, ``J`` the squash's Jacobian, ``s_su
     e^T = J(sigma^T)' g
     for t = T ... 2:
         x_i      = f_i . e^t                              (+ v_i, the gradient of the returned weight, for t = T)
-        beta_i^t = w_i^t (x_i - sum_j w_j^t x_j)          the logit's gradient; sum_j w_j f_j . e^t = sigma^t . e^t
-        h^t      = sum_i beta_i^t f_i                     the gradient of s_sum^t, which reaches every s before s^t
+        beta_i^t = w_i^t (x_i - sum_j w_j^t x_j)          gradient of the logit; sum_j w_j f_j . e^t = sigma^t . e^t
+        h^t      = sum_i beta_i^t f_i                     gradient of s_sum^t, a term of the gradient of every earlier s
         e^(t-1)  = J(sigma^(t-1))' (h^T + ... + h^t)
     dL/df_i = w_i^1 e^1 + sum_(t >= 2) (w_i^t e^t + beta_i^t s_sum^t),   w_i^1 = 1 / m
 
-The last line needs 2 (T - 1) numbers per instance. Bags in chunks keep them, so that the pass that writes the gradient
-does not read the instances again; on chip the gradient is accumulated in registers. There s_sum is written out,
-``sum_t beta_i^t s_sum^t = sum_(t < T) (beta_i^(t+1) + ... + beta_i^T) s^t``, with ``s^t = factor^t sigma^t`` and sigma
-at hand.
+The last line needs 2 (T - 1) numbers per instance. The chunk kernels store them, so that the pass that writes the
+gradient does not read the instances again, and expand s_sum: ``sum_t beta_i^t s_sum^t = sum_(t < T) (beta_i^(t+1) + ...
++ beta_i^T) s^t`` with ``s^t = factor^t sigma^t``. The on-chip kernel accumulates the gradient in registers.
 
-With the routing detached, or T = 1, only ``dL/df_i = w_i^T e^T`` is left.
+With detached routing or T = 1 this reduces to ``dL/df_i = w_i^T e^T``.
 """
 
 import triton
 import triton.language as tl
+from amil_fast.kernels.adjust_pool_chunks import bag_rows, locate, merge_chunks
 from amil_fast.kernels.adjust_pool_common import (
-    arrive,
     bag_pointer,
-    bag_rows,
-    locate,
+    on_chip_rows,
     routing_sum,
     row_mask,
     squash_backward,
@@ -43,33 +41,17 @@ def adjust_pool_backward_on_chip_kernel(
 ):  # fmt: skip
     """One program computes the gradient of BAGS bags of at most BLOCK_N instances each, held in registers.
 
-    Moves: the instances once, in (not at all without READ, for T = 1); their gradient once, out, zeros where masked;
-    sigma about T / 2 times (from the cache). Accumulates in sigma's dtype, by tree reductions over the tile. ROUTING:
-    gradient through the weights too. Packed bags longer than BLOCK_N are left to the chunk kernels.
+    Bytes moved: reads the instances once (never without READ, i.e. T = 1) and sigma about T / 2 times (from cache);
+    writes their gradient once, 0 where masked. Accumulates in the dtype of sigma, by tree reductions over the tile.
+    ROUTING: differentiate through the weights too. Packed bags longer than BLOCK_N are handled by the chunk kernels.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT;
     contiguous gradients; READ if T > 1; no ROUTING if T = 1.
     """
     dtype = sigma_ptr.dtype.element_ty
     b = tl.program_id(0) * BAGS + tl.arange(0, BAGS)
-    mask_b = b < B
-    if cu_seqlens_ptr is not None:
-        start = tl.load(cu_seqlens_ptr + b, mask=mask_b, other=0).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + b + 1, mask=mask_b, other=0).to(tl.int64) - start).to(tl.int32)
-        mask_b = mask_b & (length <= BLOCK_N)
-    else:
-        start = b.to(tl.int64) * N
-        length = tl.zeros([BAGS], tl.int32) + N
-        if lengths_ptr is not None:
-            length = tl.load(lengths_ptr + b, mask=mask_b, other=0).to(tl.int32)
+    start, mask_b, rows, valid, stored = on_chip_rows(mask_ptr, lengths_ptr, cu_seqlens_ptr, b, B, N, BAGS, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    valid = (n[None, :] < length[:, None]) & mask_b[:, None]  # (BAGS, BLOCK_N)
-    inside = valid
-    if cu_seqlens_ptr is None:
-        inside = (n < N)[None, :] & mask_b[:, None]
-    rows = start[:, None] + n[None, :]
-    if mask_ptr is not None:
-        valid = valid & (tl.load(mask_ptr + rows, mask=valid, other=0) != 0)
     mask_s = mask_b[:, None] & (d < D)[None, :]
     vectors = b.to(tl.int64)[:, None] * D + d[None, :]
     sigma_ptrs = sigma_ptr + b.to(tl.int64)[:, None] * T * D + d[None, :]
@@ -113,7 +95,7 @@ def adjust_pool_backward_on_chip_kernel(
         grad = w[:, :, None] * e[:, None, :]
     grad = tl.where(valid[:, :, None], grad, 0)
     grad_ptrs = grad_ptr + (start * D)[:, None, None] + (n[None, :, None] * D + d[None, None, :])
-    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=inside[:, :, None] & (d < D)[None, None, :])
+    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=stored[:, :, None] & (d < D)[None, None, :])
 
 
 @triton.jit
@@ -124,8 +106,8 @@ def route(
     """One pass over rows low..high of a bag: ``h (1, BLOCK_D)`` and, if ``last``, ``sum_i w_i v_i (1, 1)``, else 0.
 
     ``shift = sigma . e``. Stores w and beta to ``scalars``, two rows of ``num_rows``. With a gradient v of the weights,
-    their shift ``sum_j w_j v_j`` is not known before the end; it is left out of beta and h here, and subtracted from
-    them where they are used. Every row of a tile has its own sums, as in the forward pass.
+    the additional shift ``sum_j w_j v_j`` is only known at the end of the pass; it is omitted from beta and h here and
+    subtracted where they are used. Each row of a tile has its own sums, as in the forward pass.
     """
     dtype = s_sum.dtype
     d = tl.arange(0, BLOCK_D)
@@ -155,7 +137,7 @@ def write_gradient(
     grad_ptr, mask_ptr, scalars_ptr, sigma_ptr, lse_ptr, e_ptr, factors_ptr, low, high, padding, T, num_rows,
     D: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of a bag's rows low..high, from 2 (T - 1) numbers each, and zeros to high..padding."""
+    """Writes the gradient of rows low..high of a bag, from 2 (T - 1) numbers per row, and zeros to high..padding."""
     dtype = sigma_ptr.dtype.element_ty
     d = tl.arange(0, BLOCK_D)[None, :]
     lse = tl.load(lse_ptr)
@@ -191,30 +173,6 @@ def last_e(grad_bag_ptr, sigma_ptr, b, T, D: tl.constexpr, BLOCK_D: tl.constexpr
     return squash_backward(tl.load(sigma_ptr + (b.to(tl.int64) * T + T - 1) * D + d, mask=d < D, other=0), g)
 
 
-@triton.jit
-def merge_chunks(
-    stats_ptr, partial_ptr, first, step, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Sums the results in the slots ``first, first + step, ...``, ``count`` of them, to (1, 1) and (1, BLOCK_D)."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    wv = tl.zeros([BLOCK_N, 1], partial_ptr.dtype.element_ty)
-    h = tl.zeros([BLOCK_N, BLOCK_D], partial_ptr.dtype.element_ty)
-    for n0 in range(0, count, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)[:, None]
-        slots = (first + n * step).to(tl.int64)
-        wv += tl.load(stats_ptr + slots, mask=n < count, other=0, cache_modifier=".cg")
-        h += tl.load(partial_ptr + slots * D + d, mask=(n < count) & (d < D), other=0, cache_modifier=".cg")
-    return tl.sum(wv, 0, keep_dims=True), tl.sum(h, 0, keep_dims=True)
-
-
-@triton.jit
-def store_chunk(stats_ptr, partial_ptr, slot, wv, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores one partial result to stats (slots,) and partial (slots, D)."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(stats_ptr + slot + tl.arange(0, 1)[None, :], wv)
-    tl.store(partial_ptr + slot.to(tl.int64) * D + d, h, mask=d < D)
-
-
 @triton.jit(
     do_not_specialize=[
         "B",
@@ -236,19 +194,20 @@ def adjust_pool_backward_chunks_kernel(
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     OWN_BAGS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program streams one chunk: iterations T ... 2 of a bag of one chunk, one of them of a longer one.
+    """One program streams one chunk: iterations T ... 2 of an unsplit bag, or one of them of a split bag.
 
-    Launched with first_t = T - 1 (iterations count from 0), which serves every bag of one chunk and the last iteration
-    of the longer ones, and, with SPLIT, once more for each of the others down to 1. Partial sums are added in the order
-    of the chunks by the last program to arrive, as in the forward pass. It leaves what
-    :func:`adjust_pool_backward_write_kernel` makes the gradient of.
+    Launched with first_t = T - 1 (iterations count from 0), which serves all unsplit bags and the last iteration of the
+    split ones, and, with SPLIT, once per further iteration of the split bags, down to 1. The partial results of a bag
+    are merged by :func:`merge_chunks`. :func:`adjust_pool_backward_write_kernel` computes the gradient from the
+    workspace.
 
-    Moves: the instances T - 1 times; w and beta of each iteration, out.
-    Workspace: scalars (T - 1, 2, num_rows): w and beta; e (B, T, D), whose first row is the running sum of h until it
-    is e^1; factors (B, T), the squash factor of every sigma but the last, in whose place stands sum_i w_i v_i; stats
-    (slots,), partial (slots, D); counters (T, 2, slots) int32, which are 0. Accumulates in sigma's dtype.
+    Bytes moved: reads the instances T - 1 times; writes w and beta of each iteration.
+    Workspace: scalars (T - 1, 2, num_rows): w and beta; e (B, T, D), whose first row holds the running sum of h until
+    e^1 replaces it; factors (B, T): the squash factor of each sigma but the last, whose entry holds sum_i w_i v_i;
+    stats (slots,), partial (slots, D); counters (T, 2, slots) int32, zero-initialized. Accumulates in the dtype of
+    sigma.
     Asserted by the launcher: T >= 2; unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients;
-    no bag has more than one chunk without SPLIT; grad_weights_ptr only with first_t = T - 1.
+    without SPLIT, no bag has more than one chunk; grad_weights_ptr only with first_t = T - 1.
     """
     pid = tl.program_id(0)
     slot = pid
@@ -263,7 +222,7 @@ def adjust_pool_backward_chunks_kernel(
     if SPLIT:
         steps = tl.where(chunks > 1, 1, T - 1)
         if (chunks <= 1) & (first_t < T - 1):
-            last_bag = first_bag  # was done in the first launch
+            last_bag = first_bag  # served by the first launch
     for k in tl.range(0, last_bag - first_bag, disable_licm=True):
         b = first_bag + k
         start, low, high, padding, work = bag_rows(
@@ -295,29 +254,18 @@ def adjust_pool_backward_chunks_kernel(
                 complete = chunks <= 1
                 if SPLIT:
                     if chunks > 1:
-                        store_chunk(stats_ptr, partial_ptr, slot, wv, h_t, D, BLOCK_D)
-                        counts_ptr = counters_ptr + t * 2 * num_slots
-                        group = index // GROUP * GROUP
-                        group_chunks = tl.minimum(chunks - group, GROUP)
-                        if arrive(counts_ptr + first_slot + group, group_chunks):
-                            first = first_slot + group
-                            wv, h_t = merge_chunks(stats_ptr, partial_ptr, first, 1, group_chunks, D, BLOCK_N, BLOCK_D)
-                            tl.debug_barrier()  # all threads have read what the group's result now replaces
-                            store_chunk(stats_ptr, partial_ptr, first, wv, h_t, D, BLOCK_D)
-                            groups = (chunks + GROUP - 1) // GROUP
-                            if arrive(counts_ptr + num_slots + first_slot, groups):
-                                wv, h_t = merge_chunks(
-                                    stats_ptr, partial_ptr, first_slot, GROUP, groups, D, BLOCK_N, BLOCK_D
-                                )
-                                complete = chunks > 1
+                        complete, _, wv, h_t = merge_chunks(
+                            stats_ptr, partial_ptr, counters_ptr + t * 2 * num_slots, slot, first_slot, index, chunks,
+                            num_slots, wv, wv, h_t, D, False, GROUP, BLOCK_N, BLOCK_D,
+                        )  # fmt: skip
                 if complete:
                     if grad_weights_ptr is not None:
                         if t == T - 1:
                             h_t -= wv * tl.load(sigmas_ptr + t * D + d, mask=d < D, other=0)
                             tl.store(facts_ptr + t + one, wv)
                     if t < T - 1:
-                        h_t += tl.load(es_ptr + d, mask=d < D, other=0)  # the sum so far
-                    tl.debug_barrier()  # all threads have read it; it is replaced
+                        h_t += tl.load(es_ptr + d, mask=d < D, other=0)  # the running sum
+                    tl.debug_barrier()  # all threads have read the running sum, which is replaced now
                     if t > 1:
                         tl.store(es_ptr + d, h_t, mask=d < D)
                         tl.debug_barrier()
@@ -336,8 +284,9 @@ def adjust_pool_backward_write_kernel(
 ):  # fmt: skip
     """One program writes the gradient of one chunk, and zeros to the padding after it.
 
-    Moves: 2 (T - 1) numbers per instance, in; the gradient once, out; sigma and e from the cache.
-    Asserted by the launcher: T >= 2; the workspace is as the chunk kernel left it; the grid is that of its first one.
+    Bytes moved: reads 2 (T - 1) numbers per instance, and sigma and e from cache; writes the gradient once.
+    Asserted by the launcher: T >= 2; the workspace was filled by the chunk kernel; the grid is that of its first
+    launch.
     """
     pid = tl.program_id(0)
     first_bag, last_bag, index, chunks, first_slot, rows = locate(
@@ -367,8 +316,8 @@ def adjust_pool_backward_detached_kernel(
 ):  # fmt: skip
     """One program writes ``dL/df_i = w_i^T e^T`` for one chunk, or for bags without a slot, and zeros to the padding.
 
-    Moves: the instances once, in (not at all without READ, for T = 1); their gradient once, out. Chunks need nothing
-    from each other, so one launch serves bags of any length.
+    Bytes moved: reads the instances once (never without READ, i.e. T = 1); writes their gradient once. Chunks are
+    independent, so one launch serves bags of any length.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients; READ if
     T > 1.
     """

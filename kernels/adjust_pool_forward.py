@@ -1,25 +1,17 @@
-"""Forward kernels of adjust pooling: bags on chip, and bags in chunks. See adjust_pool_common.py for the notation.
+"""Forward kernels of adjust pooling: on-chip bags, and bags streamed in chunks. Notation: see adjust_pool_common.py.
 
-Iteration t, with ``s_sum = s^1 + ... + s^(t-1)``:
+Iteration t (Eq. 2-5), with ``s_sum = s^1 + ... + s^(t-1)``:
 
     b_i = f_i . s_sum,   w = softmax(b),   sigma^t = sum_i w_i f_i,   s^t = squash(sigma^t)
 
-Stored for the backward pass: sigma (B, T, D) and lse (B, T), the log-sum-exp of b (0 for an empty bag), in
-the accumulation dtype.
+Saved for the backward pass, in the accumulation dtype: sigma (B, T, D) and lse (B, T), the log-sum-exp of b (0 for an
+empty bag).
 """
 
 import triton
 import triton.language as tl
-from amil_fast.kernels.adjust_pool_common import (
-    LOWEST,
-    arrive,
-    bag_pointer,
-    bag_rows,
-    locate,
-    routing_sum,
-    row_mask,
-    squash_factor,
-)
+from amil_fast.kernels.adjust_pool_chunks import LOWEST, bag_rows, locate, merge_chunks, reduce_rows
+from amil_fast.kernels.adjust_pool_common import bag_pointer, on_chip_rows, routing_sum, row_mask, squash_factor
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "stride_b", "stride_n"])
@@ -29,32 +21,18 @@ def adjust_pool_forward_on_chip_kernel(
     B, N, T, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BAGS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program pools BAGS bags of at most BLOCK_N instances each, held in registers from the first read on.
+    """One program pools BAGS bags of at most BLOCK_N instances each, which stay in registers after a single read.
 
-    Moves: the instances once, in; T (D + 1) numbers per bag, out. Accumulates in sigma's dtype, by tree reductions over
-    the tile. Packed bags longer than BLOCK_N are left to the chunk kernel.
+    Bytes moved: reads the instances once; writes T (D + 1) numbers per bag. Accumulates in the dtype of sigma, by tree
+    reductions over the tile. Packed bags longer than BLOCK_N are handled by the chunk kernel.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT.
     """
     dtype = sigma_ptr.dtype.element_ty
     b = tl.program_id(0) * BAGS + tl.arange(0, BAGS)
-    mask_b = b < B
-    if cu_seqlens_ptr is not None:
-        start = tl.load(cu_seqlens_ptr + b, mask=mask_b, other=0).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + b + 1, mask=mask_b, other=0).to(tl.int64) - start).to(tl.int32)
-        mask_b = mask_b & (length <= BLOCK_N)
-        bag_ptrs = instances_ptr + start * (stride_n.to(tl.int64) * UNIT)
-    else:
-        start = b.to(tl.int64) * N
-        length = tl.zeros([BAGS], tl.int32) + N
-        if lengths_ptr is not None:
-            length = tl.load(lengths_ptr + b, mask=mask_b, other=0).to(tl.int32)
-        bag_ptrs = instances_ptr + b * (stride_b.to(tl.int64) * UNIT)
+    start, mask_b, rows, valid, stored = on_chip_rows(mask_ptr, lengths_ptr, cu_seqlens_ptr, b, B, N, BAGS, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    valid = (n[None, :] < length[:, None]) & mask_b[:, None]  # (BAGS, BLOCK_N)
-    offs_w = start[:, None] + n[None, :]
-    if mask_ptr is not None:
-        valid = valid & (tl.load(mask_ptr + offs_w, mask=valid, other=0) != 0)
+    bag_ptrs = bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT)
     ptrs = bag_ptrs[:, None, None] + (n[None, :, None] * (stride_n.to(tl.int64) * UNIT) + d[None, None, :])
     mask_f = valid[:, :, None] & (d < D)[None, None, :]
     tile = tl.load(ptrs, mask=mask_f, other=0, eviction_policy="evict_first")
@@ -80,10 +58,7 @@ def adjust_pool_forward_on_chip_kernel(
         tl.store(lse_ptr + b.to(tl.int64) * T + t, lse, mask=mask_b)
     tl.store(bag_ptr + (b.to(tl.int64) * D)[:, None] + d[None, :], s, mask=mask_s)
     if weights_ptr is not None:
-        inside = valid
-        if cu_seqlens_ptr is None:
-            inside = (n < N)[None, :] & mask_b[:, None]
-        tl.store(weights_ptr + offs_w, tl.where(valid, w, 0), mask=inside)
+        tl.store(weights_ptr + rows, tl.where(valid, w, 0), mask=stored)
 
 
 @triton.jit
@@ -91,11 +66,11 @@ def attend(
     bag_ptr, mask_ptr, logits_ptr, low, high, s_sum, store_logits, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One pass over rows low..high of a bag: ``(maximum, total, sigma)``, shapes (1, 1), (1, 1), (1, BLOCK_D).
+    """One pass over rows low..high of a bag; returns ``(maximum, total, sigma)``: (1, 1), (1, 1), (1, BLOCK_D).
 
-    ``total = sum_i exp(b_i - maximum)``, ``sigma = sum_i exp(b_i - maximum) f_i``, not yet divided by it. Each of the
-    BLOCK_N rows of a tile keeps its own running maximum and sums, so that the loop has no reduction over rows: warps
-    run on without waiting for each other until the end. Stores the logits if ``store_logits`` and there is a pointer.
+    ``total = sum_i exp(b_i - maximum)``, ``sigma = sum_i exp(b_i - maximum) f_i``, not yet divided by ``total``. Each
+    of the BLOCK_N rows of a tile has its own running maximum and sums, so that the loop has no reduction over rows and
+    warps do not synchronize until the end. Stores the logits if ``store_logits`` and ``logits_ptr`` is not None.
     """
     dtype = s_sum.dtype
     n = tl.arange(0, BLOCK_N)
@@ -118,61 +93,14 @@ def attend(
         total = total * rescale + w
         sigma = sigma * rescale[:, None] + w[:, None] * f
         maximum = new_maximum
-    return merge(maximum, total, sigma)
-
-
-@triton.jit
-def merge(maximum, total, sigma):
-    """Results (R,), (R,), (R, BLOCK_D) of R sets of rows -> those of their union: (1, 1), (1, 1), (1, BLOCK_D)."""
-    maximum = maximum[:, None]
-    new_maximum = tl.max(maximum, 0, keep_dims=True)
-    rescale = tl.exp(maximum - new_maximum)
-    total = tl.sum(total[:, None] * rescale, 0, keep_dims=True)
-    return new_maximum, total, tl.sum(sigma * rescale, 0, keep_dims=True)
-
-
-@triton.jit
-def merge_chunks(
-    stats_ptr, partial_ptr, first, step, count, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Merges the partial results in the slots ``first, first + step, ...``, ``count`` of them, in this order."""
-    dtype = partial_ptr.dtype.element_ty
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    maximum = tl.full([BLOCK_N], LOWEST, dtype)
-    total = tl.zeros([BLOCK_N], dtype)
-    sigma = tl.zeros([BLOCK_N, BLOCK_D], dtype)
-    for n0 in range(0, count, BLOCK_N):
-        there = n0 + n < count
-        slots = (first + (n0 + n) * step).to(tl.int64)
-        m = tl.load(stats_ptr + slots * 2, mask=there, other=LOWEST, cache_modifier=".cg")
-        z = tl.load(stats_ptr + slots * 2 + 1, mask=there, other=0, cache_modifier=".cg")
-        ptrs = partial_ptr + (slots * D)[:, None] + d[None, :]
-        x = tl.load(ptrs, mask=there[:, None] & (d < D)[None, :], other=0, cache_modifier=".cg")
-        new_maximum = tl.maximum(maximum, m)
-        rescale = tl.exp(maximum - new_maximum)
-        scale = tl.exp(m - new_maximum)
-        total = total * rescale + z * scale
-        sigma = sigma * rescale[:, None] + x * scale[:, None]
-        maximum = new_maximum
-    return merge(maximum, total, sigma)
-
-
-@triton.jit
-def store_chunk(stats_ptr, partial_ptr, slot, maximum, total, sigma, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores one partial result: maximum and total to stats (slots, 2), sigma to partial (slots, D)."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    one = tl.arange(0, 1)[None, :]
-    tl.store(stats_ptr + slot.to(tl.int64) * 2 + one, maximum)
-    tl.store(stats_ptr + slot.to(tl.int64) * 2 + 1 + one, total)
-    tl.store(partial_ptr + slot.to(tl.int64) * D + d, sigma, mask=d < D)
+    return reduce_rows(maximum, total, sigma, SOFTMAX=True)
 
 
 @triton.jit
 def store_iteration(
     bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Stores what iteration t (from 0) of bag b yields, the bag vector in the last one; returns s (1, BLOCK_D)."""
+    """Stores sigma and lse of iteration t (from 0) of bag b, and the bag vector in the last; returns s (1, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)[None, :]
     one = tl.arange(0, 1)[None, :]
     divisor = tl.where(total == 0, 1, total)
@@ -195,18 +123,17 @@ def adjust_pool_forward_chunks_kernel(
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     OWN_BAGS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program streams one chunk of a bag: all T iterations of a bag of one chunk, one iteration of a longer one.
+    """One program streams one chunk: all T iterations of an unsplit bag, or one iteration of a split bag.
 
-    Launched with first_t = 0, which serves every bag of one chunk and the first iteration of the longer ones, and, with
-    SPLIT, once more for each further iteration of those. The partial results of a bag's chunks are merged, in the order
-    of the chunks, by whichever program is the last to arrive: the chunks of a group of GROUP by the last of the group,
-    the groups by the last of the bag. The last iteration leaves the logits in the weights.
+    Launched with first_t = 0, which serves all unsplit bags and the first iteration of the split ones, and, with SPLIT,
+    once per further iteration of the split bags. The partial results of a bag are merged by :func:`merge_chunks`. The
+    last iteration stores the logits in place of the weights.
 
-    Moves: the instances T times (from the L2 cache, as far as they are still there: every other launch goes through the
-    slots backwards); per chunk and iteration 2 x (D + 2) numbers. Accumulates in sigma's dtype.
-    Workspace: stats (slots, 2), partial (slots, D), counters (T, 2, slots) int32, which are 0.
-    Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; no bag has more than one
-    chunk without SPLIT. Packed bags of at most min_rows are somebody else's.
+    Bytes moved: reads the instances T times (from L2 where they are still resident: every other launch traverses the
+    slots in reverse); 2 x (D + 2) numbers per chunk and iteration. Accumulates in the dtype of sigma.
+    Workspace: stats (slots, 2), partial (slots, D), counters (T, 2, slots) int32, zero-initialized.
+    Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; without SPLIT, no bag has
+    more than one chunk. Packed bags of at most min_rows rows are handled by the on-chip kernel.
     """
     pid = tl.program_id(0)
     slot = pid
@@ -220,7 +147,7 @@ def adjust_pool_forward_chunks_kernel(
     if SPLIT:
         last_t = tl.where(chunks > 1, first_t + 1, T)
         if (chunks <= 1) & (first_t > 0):
-            last_bag = first_bag  # was done in the first launch
+            last_bag = first_bag  # served by the first launch
     for k in tl.range(0, last_bag - first_bag, disable_licm=True):
         b = first_bag + k
         start, low, high, padding, work = bag_rows(
@@ -238,23 +165,10 @@ def adjust_pool_forward_chunks_kernel(
                 complete = chunks <= 1
                 if SPLIT:
                     if chunks > 1:
-                        store_chunk(stats_ptr, partial_ptr, slot, maximum, total, sigma, D, BLOCK_D)
-                        counts_ptr = counters_ptr + t * 2 * num_slots
-                        group = index // GROUP * GROUP
-                        group_chunks = tl.minimum(chunks - group, GROUP)
-                        if arrive(counts_ptr + first_slot + group, group_chunks):
-                            first = first_slot + group
-                            maximum, total, sigma = merge_chunks(
-                                stats_ptr, partial_ptr, first, 1, group_chunks, D, BLOCK_N, BLOCK_D
-                            )
-                            tl.debug_barrier()  # all threads have read what the group's result now replaces
-                            store_chunk(stats_ptr, partial_ptr, first, maximum, total, sigma, D, BLOCK_D)
-                            groups = (chunks + GROUP - 1) // GROUP
-                            if arrive(counts_ptr + num_slots + first_slot, groups):
-                                maximum, total, sigma = merge_chunks(
-                                    stats_ptr, partial_ptr, first_slot, GROUP, groups, D, BLOCK_N, BLOCK_D
-                                )
-                                complete = chunks > 1
+                        complete, maximum, total, sigma = merge_chunks(
+                            stats_ptr, partial_ptr, counters_ptr + t * 2 * num_slots, slot, first_slot, index, chunks,
+                            num_slots, maximum, total, sigma, D, True, GROUP, BLOCK_N, BLOCK_D,
+                        )  # fmt: skip
                 if complete:
                     s_sum += store_iteration(bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D)
 
@@ -265,10 +179,10 @@ def adjust_pool_forward_weights_kernel(
     B, N, T, num_slots, chunk_rows, min_rows,
     OWN_BAGS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program turns the logits of one chunk, which the chunk kernel left in the weights, into ``exp(b - lse)``.
+    """One program converts the logits of one chunk, stored by the chunk kernel, to weights ``exp(b - lse)`` in place.
 
-    Moves one number per instance in and out; writes 0 for masked instances and padding. The launcher's grid is that of
-    the chunk kernel's first launch.
+    Bytes moved: reads and writes one number per instance; writes 0 for masked instances and padding. The grid is that
+    of the first launch of the chunk kernel.
     """
     pid = tl.program_id(0)
     first_bag, last_bag, index, chunks, first_slot, rows = locate(

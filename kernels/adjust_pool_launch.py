@@ -1,13 +1,15 @@
-"""Launches the adjust pooling kernels: the ``triton`` backend of ``torch.ops.amil_fast.adjust_pool``.
+"""Launches of the adjust pooling kernels: the ``triton`` backend of ``torch.ops.amil_fast.adjust_pool``.
 
-Arguments are canonical and checked (see ``amil_fast/ops/adjust_pool.py``). Nothing here waits for the device, and all
-memory comes from torch, so that calls can be captured in a CUDA graph. The launches of a pass are first listed
-(:class:`Launch`), then made; the ahead-of-time compilation and the tests look at the same list.
+Arguments are canonical and checked (see ``amil_fast/ops/adjust_pool.py``). Nothing synchronizes with the device, and
+all memory is allocated by torch, so that calls can be captured in a CUDA graph. The launches of a pass are first listed
+(:class:`TritonLaunch`), then run; ahead-of-time compilation and tests inspect the same list.
 """
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,44 +19,72 @@ from amil_fast.kernels.adjust_pool_backward import (
     adjust_pool_backward_on_chip_kernel,
     adjust_pool_backward_write_kernel,
 )
-from amil_fast.kernels.adjust_pool_config import MAX_FEATURES, MAX_REGISTERS, REGISTERS, WARP, pick_plan
+from amil_fast.kernels.adjust_pool_config import (
+    MAX_FEATURES,
+    MAX_REGISTERS,
+    REGISTERS,
+    WARP,
+    ChunkConfig,
+    TritonPlan,
+    pick_plan,
+)
 from amil_fast.kernels.adjust_pool_forward import (
     adjust_pool_forward_chunks_kernel,
     adjust_pool_forward_on_chip_kernel,
     adjust_pool_forward_weights_kernel,
 )
 
-BLOCK_WEIGHTS = 1024  # weights that a program turns from logits into weights at a time
+BLOCK_WEIGHTS = 1024  # tile of the kernel that converts logits to weights
 
 
 @dataclass
-class Launch:
-    """One kernel launch: ``grid`` programs, the arguments by name, and the compiler's options."""
+class TritonLaunch:
+    """One kernel launch: ``grid`` programs, the arguments by name, and the compiler options."""
 
-    kernel: object
+    kernel: Any
     grid: int
-    arguments: dict
+    arguments: dict[str, Any]
     num_warps: int
     num_stages: int = 1
-    registers: int | None = None
+    registers: int | None = None  # maximum per thread
 
     @property
-    def options(self):
+    def options(self) -> dict[str, int]:
+        """Compiler options."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
-    def __call__(self):
+    def __call__(self) -> None:
         self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
-def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, plan=None):
+def forward(
+    instances: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    num_iters: int,
+    return_weights: bool,
+    plan: TritonPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(bag, weights, sigma, lse)`` of the registered operator."""
     outputs, launches = forward_launches(instances, mask, lengths, cu_seqlens, num_iters, return_weights, plan)
     _run(launches, instances.device)
     return outputs
 
 
-def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, plan=None):
+def backward(
+    grad_bag: torch.Tensor | None,
+    grad_weights: torch.Tensor | None,
+    instances: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sigma: torch.Tensor,
+    lse: torch.Tensor,
+    detach_routing: bool,
+    plan: TritonPlan | None = None,
+) -> torch.Tensor:
     """``grad_instances`` of the registered operator, contiguous."""
     grad, launches = backward_launches(
         grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, plan
@@ -63,7 +93,7 @@ def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma
     return grad
 
 
-def _run(launches, device):
+def _run(launches: Sequence[TritonLaunch], device: torch.device) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for launch in launches:
             launch()
@@ -79,15 +109,24 @@ def _pick_plan(packed, B, N, D, itemsize, backward, device):
     return pick_plan(packed, B, N, D, itemsize, backward, _multiprocessors(device))
 
 
-class _Bags:
-    """The arguments that all kernels share, and the sizes behind them."""
+class KernelBags:
+    """Bags as kernel arguments: sizes, strides and the pointers shared by all kernels.
 
-    def __init__(self, instances, mask, lengths, cu_seqlens):
+    ``layout_arguments``: the pointers and sizes that describe the bags; ``arguments``: these and the instances.
+    """
+
+    def __init__(
+        self,
+        instances: torch.Tensor,
+        mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> None:
         self.packed = cu_seqlens is not None
         D = instances.shape[-1]
         if instances.stride(-1) != 1 and D > 1:
             instances = instances.contiguous()
-        if self.packed:
+        if cu_seqlens is not None:
             self.B, self.N, self.rows = cu_seqlens.shape[0] - 1, instances.shape[0], instances.shape[0]
             stride_b, stride_n = 0, instances.stride(0)
         else:
@@ -105,20 +144,20 @@ class _Bags:
                 "instances: backend 'triton' serves fewer than 2**31 bags and instances (per bag if padded), got "
                 f"{self.B} bags and {self.N} instances; use 'reference'"
             )
-        # The largest power of two, up to 16 bytes' worth of elements, that divides both strides.
+        # Largest power of two, up to 16 bytes in elements, that divides both strides.
         strides = stride_b | stride_n | (16 // instances.element_size())
         self.unit = strides & -strides
         self.D = D
         self.instances = instances
-        self.where = {
+        self.layout_arguments = {
             "mask_ptr": None if mask is None else mask.contiguous().view(torch.uint8),
             "lengths_ptr": None if lengths is None else lengths.contiguous(),
             "cu_seqlens_ptr": None if cu_seqlens is None else cu_seqlens.contiguous(),
             "B": self.B,
             "N": self.N,
         }
-        self.input = {
-            **self.where,
+        self.arguments = {
+            **self.layout_arguments,
             "instances_ptr": instances,
             "stride_b": stride_b // self.unit,
             "stride_n": stride_n // self.unit,
@@ -126,178 +165,181 @@ class _Bags:
             "UNIT": self.unit,
         }
 
-    def plan(self, backward):
+    def plan(self, backward: bool) -> TritonPlan:
+        """Default plan of a pass on the device of the instances."""
         return _pick_plan(
             self.packed, self.B, self.N, self.D, self.instances.element_size(), backward, self.instances.device
         )
 
-    def grids(self, config):
-        """Number of slots, and of programs that look for bags without one."""
-        slots = triton.cdiv(self.N, config.chunk_rows) * (1 if self.packed else self.B)
-        return slots, triton.cdiv(self.B, config.own_bags) if self.packed else 0
+
+def _on_chip_launch(kernel, bags, plan, arguments):
+    config = plan.on_chip
+    constants = {"BAGS": config.bags, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    grid = triton.cdiv(bags.B, config.bags)
+    return TritonLaunch(kernel, grid, {**bags.arguments, **arguments, **constants}, config.num_warps)
 
 
-def forward_launches(instances, mask, lengths, cu_seqlens, num_iters, return_weights, plan=None):
-    """The outputs ``(bag, weights, sigma, lse)``, allocated, and the launches that fill them, in order."""
-    bags = _Bags(instances, mask, lengths, cu_seqlens)
+class _ChunkLaunches:
+    """Lists the launches of the chunk kernels of one pass, which share the assignment of chunks to programs."""
+
+    def __init__(self, bags: KernelBags, config: ChunkConfig, T: int) -> None:
+        self.bags, self.config, self.T = bags, config, T
+        self.slots = triton.cdiv(bags.N, config.chunk_rows) * (1 if bags.packed else bags.B)
+        # Programs that scan the packed bags for those without a slot.
+        self.scanning = triton.cdiv(bags.B, config.own_bags) if bags.packed else 0
+        self.layout = {
+            "T": T,
+            "num_slots": self.slots,
+            "chunk_rows": config.chunk_rows,
+            "min_rows": config.min_rows,
+            "OWN_BAGS": config.own_bags,
+        }
+        self.blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+        self.launches: list[TritonLaunch] = []
+
+    def add(self, kernel, arguments, registers=None, num_warps=None, num_stages=1, first=True):
+        """Appends a launch; only the first one of an iterative kernel also serves the bags without a slot."""
+        self.launches.append(
+            TritonLaunch(
+                kernel,
+                self.slots + self.scanning if first else self.slots,
+                {**self.layout, **arguments},
+                num_warps or self.config.num_warps,
+                num_stages,
+                registers,
+            )
+        )
+
+    def add_iterations(self, kernel, iterations, arguments, num_stats, dtype, per_iteration):
+        """Appends one launch per iteration if bags can be split, else a single one that runs all iterations.
+
+        ``num_stats``: scalars of a partial result; ``dtype``: its dtype. ``per_iteration(first)`` returns the further
+        arguments and the maximum number of registers of a launch.
+        """
+        config, bags = self.config, self.bags
+        workspace = dict.fromkeys(("stats_ptr", "partial_ptr", "counters_ptr"))
+        if config.split:
+            workspace = {
+                "stats_ptr": bags.instances.new_empty(self.slots, num_stats, dtype=dtype),
+                "partial_ptr": bags.instances.new_empty(self.slots, bags.D, dtype=dtype),
+                "counters_ptr": bags.instances.new_zeros(self.T, 2, self.slots, dtype=torch.int32),
+            }
+        constants = {"GROUP": config.group, "SPLIT": config.split, "NUM_STAGES": config.num_stages}
+        shared = {**bags.arguments, **self.blocks, **arguments, **workspace, **constants}
+        for i, t in enumerate(iterations if config.split else iterations[:1]):
+            more, registers = per_iteration(i == 0)
+            self.add(kernel, {**shared, **more, "first_t": t}, registers, num_stages=config.num_stages, first=i == 0)
+
+
+def forward_launches(
+    instances: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    num_iters: int,
+    return_weights: bool,
+    plan: TritonPlan | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], list[TritonLaunch]]:
+    """Allocated outputs ``(bag, weights, sigma, lse)`` and the launches that fill them, in order."""
+    bags = KernelBags(instances, mask, lengths, cu_seqlens)
     B, T, D = bags.B, num_iters, bags.D
     dtype = torch.float64 if instances.dtype == torch.float64 else torch.float32
+    weights_shape = instances.shape[:-1] if return_weights else (0,)
     if B == 0 or bags.rows == 0:
         bag, sigma = instances.new_zeros(B, D), instances.new_zeros(B, T, D, dtype=dtype)
         lse = instances.new_zeros(B, T, dtype=dtype)
-        return (bag, instances.new_zeros(instances.shape[:-1] if return_weights else (0,), dtype=dtype), sigma, lse), []
+        return (bag, instances.new_zeros(weights_shape, dtype=dtype), sigma, lse), []
     plan = plan or bags.plan(backward=False)
     bag = instances.new_empty(B, D)
     sigma = instances.new_empty(B, T, D, dtype=dtype)
     lse = instances.new_empty(B, T, dtype=dtype)
-    weights = instances.new_empty(instances.shape[:-1] if return_weights else (0,), dtype=dtype)
+    weights = instances.new_empty(weights_shape, dtype=dtype)
     weights_ptr = weights if return_weights else None
-    outputs = {"bag_ptr": bag, "weights_ptr": weights_ptr, "sigma_ptr": sigma, "lse_ptr": lse, "T": T}
+    outputs = {"bag_ptr": bag, "weights_ptr": weights_ptr, "sigma_ptr": sigma, "lse_ptr": lse}
 
     launches = []
     if plan.on_chip is not None:
-        config = plan.on_chip
-        constants = {"BAGS": config.bags, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
-        grid = triton.cdiv(B, config.bags)
-        arguments = {**bags.input, **outputs, **constants}
-        launches.append(Launch(adjust_pool_forward_on_chip_kernel, grid, arguments, config.num_warps))
+        launches.append(_on_chip_launch(adjust_pool_forward_on_chip_kernel, bags, plan, {**outputs, "T": T}))
     if plan.chunks is not None:
-        config = plan.chunks
-        slots, own = bags.grids(config)
-        layout = {"num_slots": slots, "chunk_rows": config.chunk_rows, "min_rows": config.min_rows}
-        arguments = {
-            **bags.input,
-            **outputs,
-            **layout,
-            **_workspace(instances, dtype, slots, 2, D, T, config.split),
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": config.block_d,
-            "OWN_BAGS": config.own_bags,
-            "GROUP": config.group,
-            "SPLIT": config.split,
-            "NUM_STAGES": config.num_stages,
-        }
-        for t in range(T if config.split else 1):
-            launches.append(
-                Launch(
-                    adjust_pool_forward_chunks_kernel,
-                    slots + own if t == 0 else slots,
-                    {**arguments, "first_t": t},
-                    config.num_warps,
-                    config.num_stages,
-                    config.registers,
-                )
-            )
+        chunks = _ChunkLaunches(bags, plan.chunks, T)
+        chunks.add_iterations(
+            adjust_pool_forward_chunks_kernel, range(T), outputs, 2, dtype, lambda _: ({}, chunks.config.registers)
+        )
         if return_weights:
-            arguments = {**bags.where, **layout, "weights_ptr": weights, "lse_ptr": lse, "T": T}
-            arguments |= {"OWN_BAGS": config.own_bags, "BLOCK_N": BLOCK_WEIGHTS}
-            launches.append(Launch(adjust_pool_forward_weights_kernel, slots + own, arguments, 4))
+            arguments = {**bags.layout_arguments, "weights_ptr": weights, "lse_ptr": lse, "BLOCK_N": BLOCK_WEIGHTS}
+            chunks.add(adjust_pool_forward_weights_kernel, arguments, num_warps=4)
+        launches += chunks.launches
     return (bag, weights, sigma, lse), launches
 
 
-def _workspace(instances, dtype, slots, stats, D, T, split):
-    """Memory for the partial results of chunks; only the counters need to start at 0."""
-    if not split:
-        return {"stats_ptr": None, "partial_ptr": None, "counters_ptr": None}
-    return {
-        "stats_ptr": instances.new_empty(slots, stats, dtype=dtype),
-        "partial_ptr": instances.new_empty(slots, D, dtype=dtype),
-        "counters_ptr": instances.new_zeros(T, 2, slots, dtype=torch.int32),
-    }
-
-
 def backward_launches(
-    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, plan=None
-):
-    """The gradient of the instances, allocated, and the launches that fill it, in order."""
-    bags = _Bags(instances, mask, lengths, cu_seqlens)
-    B, T, D = bags.B, sigma.shape[1], bags.D
+    grad_bag: torch.Tensor | None,
+    grad_weights: torch.Tensor | None,
+    instances: torch.Tensor,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sigma: torch.Tensor,
+    lse: torch.Tensor,
+    detach_routing: bool,
+    plan: TritonPlan | None = None,
+) -> tuple[torch.Tensor, list[TritonLaunch]]:
+    """Allocated gradient of the instances and the launches that fill it, in order."""
+    bags = KernelBags(instances, mask, lengths, cu_seqlens)
+    T = sigma.shape[1]
     grad = torch.empty(instances.shape, dtype=instances.dtype, device=instances.device)
-    if B == 0 or bags.rows == 0:
+    if bags.B == 0 or bags.rows == 0:
         return grad.zero_(), []
     plan = plan or bags.plan(backward=True)
     routing, read = T > 1 and not detach_routing, T > 1
-    gradients = {
-        "grad_bag_ptr": None if grad_bag is None else grad_bag.contiguous(),
-        "sigma_ptr": sigma.contiguous(),
-        "lse_ptr": lse.contiguous(),
-        "T": T,
-    }
+    saved = {"sigma_ptr": sigma.contiguous(), "lse_ptr": lse.contiguous()}
+    grad_bag_ptr = None if grad_bag is None else grad_bag.contiguous()
     grad_weights_ptr = grad_weights.contiguous() if grad_weights is not None and routing else None
 
     launches = []
     if plan.on_chip is not None:
-        config = plan.on_chip
         arguments = {
-            **bags.input,
-            **gradients,
-            "grad_ptr": grad,
+            **saved,
+            "T": T,
+            "grad_bag_ptr": grad_bag_ptr,
             "grad_weights_ptr": grad_weights_ptr,
-            "BAGS": config.bags,
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": config.block_d,
+            "grad_ptr": grad,
             "ROUTING": routing,
             "READ": read,
         }
-        grid = triton.cdiv(B, config.bags)
-        launches.append(Launch(adjust_pool_backward_on_chip_kernel, grid, arguments, config.num_warps))
+        launches.append(_on_chip_launch(adjust_pool_backward_on_chip_kernel, bags, plan, arguments))
     if plan.chunks is not None:
         config = plan.chunks
-        slots, own = bags.grids(config)
-        layout = {"num_slots": slots, "chunk_rows": config.chunk_rows, "min_rows": config.min_rows}
-        blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
-        programs = {"OWN_BAGS": config.own_bags, "NUM_STAGES": config.num_stages}
+        chunks = _ChunkLaunches(bags, config, T)
         if not routing:
-            arguments = {**bags.input, **gradients, **layout, **blocks, **programs, "grad_ptr": grad, "READ": read}
-            kernel = adjust_pool_backward_detached_kernel
-            launches.append(
-                Launch(kernel, slots + own, arguments, config.num_warps, config.num_stages, config.registers)
-            )
-            return grad, launches
+            arguments = {**bags.arguments, **chunks.blocks, **saved, "grad_bag_ptr": grad_bag_ptr, "grad_ptr": grad}
+            arguments |= {"READ": read, "NUM_STAGES": config.num_stages}
+            chunks.add(adjust_pool_backward_detached_kernel, arguments, config.registers, num_stages=config.num_stages)
+            return grad, launches + chunks.launches
         steps = {
             "scalars_ptr": sigma.new_empty(T - 1, 2, bags.rows),
             "e_ptr": torch.empty_like(sigma),
-            "factors_ptr": sigma.new_empty(B, T),
+            "factors_ptr": sigma.new_empty(bags.B, T),
             "num_rows": bags.rows,
         }
-        arguments = {
-            **bags.input,
-            **gradients,
-            **layout,
-            **blocks,
-            **programs,
-            **steps,
-            **_workspace(instances, sigma.dtype, slots, 1, D, T, config.split),
-            "GROUP": config.group,
-            "SPLIT": config.split,
-        }
-        # A mask or a gradient of the weights takes registers: better fewer programs per multiprocessor than spills.
-        most_registers = min(MAX_REGISTERS, REGISTERS // (WARP * config.num_warps))
-        for t in range(T - 1, 0 if config.split else T - 2, -1):
-            first = t == T - 1
-            launches.append(
-                Launch(
-                    adjust_pool_backward_chunks_kernel,
-                    slots + own if first else slots,
-                    {**arguments, "grad_weights_ptr": grad_weights_ptr if first else None, "first_t": t},
-                    config.num_warps,
-                    config.num_stages,
-                    most_registers if mask is not None or (first and grad_weights is not None) else config.registers,
-                )
-            )
-        arguments = {
-            **bags.where,
-            **gradients,
-            **layout,
-            **blocks,
-            **steps,
-            "grad_ptr": grad,
-            "grad_weights_ptr": grad_weights_ptr,
-            "D": D,
-            "OWN_BAGS": config.own_bags,
-        }
-        del arguments["grad_bag_ptr"]
-        registers = config.registers if mask is None and grad_weights is None else most_registers
-        kernel = adjust_pool_backward_write_kernel
-        launches.append(Launch(kernel, slots + own, arguments, config.num_warps, registers=registers))
+        # A mask or a gradient of the weights increases register pressure: lower occupancy is preferred to spills.
+        max_registers = min(MAX_REGISTERS, REGISTERS // (WARP * config.num_warps))
+
+        def per_iteration(first):
+            high_pressure = mask is not None or (first and grad_weights is not None)
+            arguments = {"grad_weights_ptr": grad_weights_ptr if first else None}
+            return arguments, max_registers if high_pressure else config.registers
+
+        chunks.add_iterations(
+            adjust_pool_backward_chunks_kernel,
+            range(T - 1, 0, -1),
+            {**saved, **steps, "grad_bag_ptr": grad_bag_ptr},
+            1,
+            sigma.dtype,
+            per_iteration,
+        )
+        arguments = {**bags.layout_arguments, **chunks.blocks, **saved, **steps, "D": bags.D}
+        arguments |= {"grad_weights_ptr": grad_weights_ptr, "grad_ptr": grad}
+        chunks.add(adjust_pool_backward_write_kernel, arguments, per_iteration(first=True)[1])
+        launches += chunks.launches
     return grad, launches

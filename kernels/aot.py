@@ -1,8 +1,8 @@
-"""Compiles every kernel that ships, ahead of time and without a GPU, and reports registers, spills and shared memory.
+"""Ahead-of-time compilation of all kernels, without a GPU; reports registers, spills and shared memory.
 
-``python -m amil_fast.kernels.aot`` (``make kernels``) compiles the Triton kernels in the configurations that the
-launchers choose for the calls in :data:`CALLS`, and the CUDA sources in ``csrc/``, for every architecture in
-:data:`ARCHS`; prints a table and ends with exit status 1 if a kernel spills registers or fails to compile.
+``python -m amil_fast.kernels.aot`` (``make kernels``) compiles the Triton kernels in the configurations chosen for the
+calls in :data:`CALLS`, and the CUDA sources in ``csrc/``, for every architecture in :data:`ARCHS`. It prints a table
+and exits with status 1 if a kernel spills registers or fails to compile.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from amil_fast.kernels import adjust_pool_launch
 
 ARCHS = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -40,8 +41,8 @@ _POINTERS = {
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of adjust_pool: bags (B, N, D) in one of the input forms, or (N, D) packed; its passes and outputs."""
+class PoolCall:
+    """A call of adjust_pool: bags (B, N, D), or packed (N, D) for B bags, with its options and dtypes."""
 
     B: int
     N: int
@@ -56,68 +57,68 @@ class Call:
 ALL = tuple(DTYPES)
 CALLS = (
     # tiny bags, several per program
-    Call(4096, 8, 32, "mask", weights=True, dtypes=ALL),
-    Call(100_000, 6, 16, "lengths"),
-    Call(16, 8, 32),
-    Call(4096, 16, 1, "lengths"),
+    PoolCall(4096, 8, 32, "mask", weights=True, dtypes=ALL),
+    PoolCall(100_000, 6, 16, "lengths"),
+    PoolCall(16, 8, 32),
+    PoolCall(4096, 16, 1, "lengths"),
     # on chip
-    Call(4096, 64, 128, dtypes=ALL),
-    Call(4096, 64, 128, "mask", weights=True, dtypes=ALL),
-    Call(4096, 64, 128, "lengths", weights=True),
-    Call(4096, 64, 128, detach=True),
-    Call(4096, 64, 128, T=1),
-    Call(4096, 100, 96, "mask", dtypes=ALL),
-    Call(4096, 128, 128, dtypes=ALL),
-    Call(4096, 256, 128, dtypes=ALL),
-    Call(512, 32, 512, dtypes=ALL),
-    Call(512, 8, 4096, dtypes=ALL),
-    Call(512, 1000, 8),
+    PoolCall(4096, 64, 128, dtypes=ALL),
+    PoolCall(4096, 64, 128, "mask", weights=True, dtypes=ALL),
+    PoolCall(4096, 64, 128, "lengths", weights=True),
+    PoolCall(4096, 64, 128, detach=True),
+    PoolCall(4096, 64, 128, T=1),
+    PoolCall(4096, 100, 96, "mask", dtypes=ALL),
+    PoolCall(4096, 128, 128, dtypes=ALL),
+    PoolCall(4096, 256, 128, dtypes=ALL),
+    PoolCall(512, 32, 512, dtypes=ALL),
+    PoolCall(512, 8, 4096, dtypes=ALL),
+    PoolCall(512, 1000, 8),
     # streamed by one program per bag
-    Call(1024, 1000, 128, "mask", weights=True, dtypes=ALL),
-    Call(1024, 1000, 200, "lengths"),
+    PoolCall(1024, 1000, 128, "mask", weights=True, dtypes=ALL),
+    PoolCall(1024, 1000, 200, "lengths"),
     # split over programs
-    Call(32, 4096, 128, dtypes=ALL),
-    Call(256, 1024, 512),
-    Call(1, 100_000, 512, weights=True, dtypes=ALL),
-    Call(1, 100_000, 512, "mask", weights=True),
-    Call(1, 100_000, 1024, detach=True, dtypes=ALL),
-    Call(1, 100_000, 1024, T=1),
-    Call(1, 100_000, 4096, dtypes=ALL),
-    Call(1, 100_000, 1000),
-    Call(8, 1_000_000, 64, "lengths"),
-    Call(2, 100_000, 3, "mask", weights=True),
+    PoolCall(32, 4096, 128, dtypes=ALL),
+    PoolCall(256, 1024, 512),
+    PoolCall(1, 100_000, 512, weights=True, dtypes=ALL),
+    PoolCall(1, 100_000, 512, "mask", weights=True),
+    PoolCall(1, 100_000, 1024, detach=True, dtypes=ALL),
+    PoolCall(1, 100_000, 1024, T=1),
+    PoolCall(1, 100_000, 4096, dtypes=ALL),
+    PoolCall(1, 100_000, 1000),
+    PoolCall(8, 1_000_000, 64, "lengths"),
+    PoolCall(2, 100_000, 3, "mask", weights=True),
     # packed: short bags with room for long ones, then long ones
-    Call(4096, 4096 * 64, 128, "packed", weights=True, dtypes=ALL),
-    Call(64, 3_000_000, 1024, "packed", dtypes=ALL),
-    Call(64, 3_000_000, 1024, "packed", weights=True),
-    Call(64, 3_000_000, 1024, "packed", detach=True),
+    PoolCall(4096, 4096 * 64, 128, "packed", weights=True, dtypes=ALL),
+    PoolCall(64, 3_000_000, 1024, "packed", dtypes=ALL),
+    PoolCall(64, 3_000_000, 1024, "packed", weights=True),
+    PoolCall(64, 3_000_000, 1024, "packed", detach=True),
 )
-# Enough for a test: each kernel and strategy at least once.
+# Subset for tests: each kernel and strategy at least once.
 SOME_CALLS = (
-    Call(4096, 8, 32, "mask", weights=True, dtypes=("bf16",)),
-    Call(4096, 64, 128, dtypes=("bf16",)),
-    Call(1024, 1000, 128, dtypes=("bf16",)),
-    Call(1, 100_000, 512, weights=True, dtypes=("bf16",)),
-    Call(64, 3_000_000, 1024, "packed", detach=True, dtypes=("bf16",)),
+    PoolCall(4096, 8, 32, "mask", weights=True, dtypes=("bf16",)),
+    PoolCall(4096, 64, 128, dtypes=("bf16",)),
+    PoolCall(1024, 1000, 128, dtypes=("bf16",)),
+    PoolCall(1, 100_000, 512, weights=True, dtypes=("bf16",)),
+    PoolCall(64, 3_000_000, 1024, "packed", detach=True, dtypes=("bf16",)),
 )
 
 
 @dataclass
-class Job:
-    """One thing to compile for one architecture: a Triton kernel in one configuration, or a CUDA source."""
+class Compilation:
+    """One compilation for one architecture: a Triton kernel in one configuration, or a CUDA source file."""
 
     name: str
     config: str
     arch: int
-    module: str = ""  # a Triton kernel: where it is defined, and as the compiler would see the launch
+    module: str = ""  # Triton kernel: its module, and the launch as the just-in-time compiler sees it
     signature: tuple = ()
     options: dict = field(default_factory=dict)
-    source: Path | None = None  # or a CUDA source
+    source: Path | None = None  # CUDA source file
 
 
 @dataclass
-class Usage:
-    """What a compiled kernel uses: per thread registers, bytes spilled, bytes of stack; shared bytes per program."""
+class KernelUsage:
+    """Resources of a compiled kernel: registers, spilled bytes and stack bytes per thread; shared bytes per program."""
 
     name: str
     config: str
@@ -130,7 +131,7 @@ class Usage:
 
 
 def launches(call, dtype):
-    """The launches of the forward and the backward pass of a call, on tensors without memory."""
+    """Launches of the forward and the backward pass of a call, on meta tensors."""
     rows = (call.N,) if call.form == "packed" else (call.B, call.N)
     f = torch.empty(*rows, call.D, dtype=dtype, device="meta")
     mask = torch.empty(rows, dtype=torch.bool, device="meta") if call.form == "mask" else None
@@ -144,7 +145,7 @@ def launches(call, dtype):
 
 
 def signature(launch):
-    """``(signature, constexprs, attributes)`` of a launch as the just-in-time compiler would see it."""
+    """``(signature, constexprs, attributes)`` of a launch as the just-in-time compiler sees it."""
     types, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -159,49 +160,48 @@ def signature(launch):
     return types, constants, attributes
 
 
-def jobs(calls, archs):
-    """The Triton compilations that these calls need, each once per architecture."""
+def triton_compilations(calls, archs):
+    """Triton compilations required by ``calls``, without duplicates, for each architecture."""
     found = {}
     for call in calls:
         for dtype in call.dtypes:
             for launch in launches(call, DTYPES[dtype]):
                 function = launch.kernel.fn
-                seen_as = signature(launch)
-                key = (function.__name__, str(seen_as), str(launch.options))
+                types = signature(launch)
+                key = (function.__name__, str(types), str(launch.options))
                 if key not in found:
                     config = f"{dtype} {_describe(launch)}"
                     found[key] = [
-                        Job(function.__name__, config, arch, function.__module__, seen_as, launch.options)
+                        Compilation(function.__name__, config, arch, function.__module__, types, launch.options)
                         for arch in archs
                     ]
     return [job for per_arch in found.values() for job in per_arch]
 
 
 def _describe(launch):
-    """The constants of a launch, and the optional pointers that it has, in one line."""
+    """One line with the constants and the optional pointers of a launch."""
     words = [f"warps={launch.num_warps} stages={launch.num_stages}"]
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr and parameter.name not in ("BLOCK_W", "GROUP", "NUM_STAGES"):
+        if parameter.is_constexpr and parameter.name not in ("GROUP", "NUM_STAGES"):
             words.append(f"{parameter.name}={value}")
         elif parameter.name in ("mask_ptr", "lengths_ptr", "cu_seqlens_ptr", "weights_ptr", "grad_weights_ptr"):
             words += [parameter.name.removesuffix("_ptr")] if value is not None else []
     return " ".join(words)
 
 
-def cuda_jobs(archs):
-    """The CUDA sources beside the package, where this is a checkout with nvcc; else the reason why there are none."""
-    csrc = Path(__file__).resolve().parents[1] / "csrc"
-    sources = sorted(csrc.glob("*.cu"))
+def cuda_compilations(archs):
+    """Compilations of the CUDA sources of a checkout, and, where there are none, the reason."""
+    sources = sorted(CSRC.rglob("*.cu"))
     if not sources:
-        return [], f"no CUDA sources in {csrc}"
+        return [], f"no CUDA sources in {CSRC}"
     if shutil.which("nvcc") is None:
         return [], "no nvcc on PATH: the CUDA sources were not compiled"
-    return [Job(source.name, "", arch, source=source) for source in sources for arch in archs], ""
+    return [Compilation(source.name, "", arch, source=source) for source in sources for arch in archs], ""
 
 
-def compile_job(job):
-    """Compiles one job and returns a list of :class:`Usage`, one per kernel in it."""
+def compile_kernels(job):
+    """Runs one compilation; returns a list of :class:`KernelUsage`, one per kernel in it."""
     try:
         if job.source is not None:
             return _compile_cuda(job)
@@ -209,7 +209,7 @@ def compile_job(job):
         compiled = triton.compile(
             ASTSource(kernel, *job.signature), target=GPUTarget("cuda", job.arch, 32), options=job.options
         )
-        # Triton keeps the assembler's report to itself, so assemble once more.
+        # Triton does not expose the report of ptxas, so assemble again.
         ptx = compiled.asm["ptx"]
         target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
         with tempfile.TemporaryDirectory() as folder:
@@ -224,32 +224,32 @@ def compile_job(job):
                 Path(folder) / "kernel.cubin",
             ]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        (usage,) = (Usage(job.name, job.config, job.arch, **fields) for _, fields in _read_report(report))
-        usage.shared = compiled.metadata.shared  # allocated at launch, so not in the report
+        (usage,) = (KernelUsage(job.name, job.config, job.arch, **fields) for _, fields in _read_report(report))
+        usage.shared = compiled.metadata.shared  # allocated at launch, hence not in the report
         return [usage]
     except subprocess.CalledProcessError as error:
-        return [Usage(job.name, job.config, job.arch, error=error.stderr.strip())]
-    except Exception as error:  # whatever the compiler raises belongs into the table
-        return [Usage(job.name, job.config, job.arch, error=f"{type(error).__name__}: {error}")]
+        return [KernelUsage(job.name, job.config, job.arch, error=error.stderr.strip())]
+    except Exception as error:  # any compiler error is a row of the table
+        return [KernelUsage(job.name, job.config, job.arch, error=f"{type(error).__name__}: {error}")]
 
 
 def _compile_cuda(job):
-    """One CUDA source: a :class:`Usage` per kernel in it, with the function's name, readable where there is c++filt."""
+    """Compiles one CUDA source; returns a :class:`KernelUsage` per kernel, demangled if c++filt is installed."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-cubin", f"-arch=sm_{job.arch}", "-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v"]
-        command += [f"-I{job.source.parent}", "-o", Path(folder) / "kernel.cubin", job.source]
+        command += [f"-I{CSRC}", "-o", Path(folder) / "kernel.cubin", job.source]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     usages = []
     for mangled, fields in _read_report(report):
         function = mangled
         if shutil.which("c++filt"):
             function = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout.strip()
-        usages.append(Usage(job.name, function, job.arch, **fields))
+        usages.append(KernelUsage(job.name, function, job.arch, **fields))
     return usages
 
 
 def _read_report(text):
-    """Function name and resources of every kernel in the output of ``ptxas -v``."""
+    """Yields the function name and the resources of every kernel in the output of ``ptxas -v``."""
     pattern = (
         r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers([^\n]*)"
@@ -269,44 +269,42 @@ def _read_report(text):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m amil_fast.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--some", action="store_true", help="only a few configurations, each kernel at least once")
+    parser.add_argument("--some", action="store_true", help="a few configurations, each kernel at least once")
     parser.add_argument("--arch", type=int, action="append", help=f"compute capability, e.g. 90 (default: {ARCHS})")
-    parser.add_argument(
-        "--match", default="", help="only kernels and configurations that match this regular expression"
-    )
-    parser.add_argument("--registers", type=int, help="registers per thread at most, for all")
-    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA sources out")
-    parser.add_argument("--json", type=Path, help="write the table to this file too")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument("--match", default="", help="regular expression on kernels and configurations to compile")
+    parser.add_argument("--registers", type=int, help="maximum registers per thread for all kernels")
+    parser.add_argument("--no-cuda", action="store_true", help="skip the CUDA sources")
+    parser.add_argument("--json", type=Path, help="also write the table to this JSON file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="concurrent compilations")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled in the interpreter; unset it")
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile kernels; unset it")
 
     archs = options.arch or ARCHS
-    work = jobs(SOME_CALLS if options.some else CALLS, archs)
-    remark = ""
+    work = triton_compilations(SOME_CALLS if options.some else CALLS, archs)
+    skipped = ""
     if not options.no_cuda:
-        cuda, remark = cuda_jobs(archs)
+        cuda, skipped = cuda_compilations(archs)
         work += cuda
     work = [job for job in work if re.search(options.match, f"{job.name} {job.config}")]
     if not work:
-        parser.error("no kernel matches")
+        parser.error("--match: no kernel matches")
     if options.registers is not None:
         for job in work:
             job.options["maxnreg"] = options.registers
     bad = run(work, options.jobs, options.json)
-    if remark:
-        print(remark)
+    if skipped:
+        print(skipped)
     return 1 if bad else 0
 
 
 def run(work, workers, json_file=None):
-    """Compiles all jobs, prints the table and returns how many kernels are bad."""
+    """Runs all compilations, prints the table and returns the number of kernels with spills or errors."""
     print(f"{'kernel':<40} {'sm':>4} {'regs':>5} {'spills':>7} {'stack':>6} {'shared':>7}  configuration")
     usages = []
     bad = 0
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        for result in pool.map(compile_job, work):
+        for result in pool.map(compile_kernels, work):
             for usage in result:
                 usages.append(usage)
                 bad += bool(usage.error or usage.spills)

@@ -1,4 +1,4 @@
-"""Before anything imports Triton: without a CUDA device its kernels run in the interpreter, on CPU tensors."""
+"""Selects Triton's interpreter on machines without a CUDA device; must run before the first import of Triton."""
 
 import os
 

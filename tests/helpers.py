@@ -1,4 +1,4 @@
-"""What several test files share: the measure of error, and bags to test on."""
+"""Helpers shared by the test modules: error measures, paths, and the exit of distributed workers."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"  # real data and peers' outputs beside the checkout
+SHARED = ROOT.parent / "shared"  # data sets and reference outputs of other projects, next to the checkout
 
 
 def relative_error(actual, truth):
-    """``‖actual − truth‖ / ‖truth‖`` in float64, 0 where both are 0; NaN or a different shape fails at once."""
+    """Returns ``‖actual − truth‖ / ‖truth‖`` in float64 (0 if both are 0); fails on NaN or a shape mismatch."""
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     actual, truth = actual.detach().double(), truth.detach().double()
     assert not torch.isnan(actual).any(), "NaN"
@@ -22,10 +22,10 @@ def relative_error(actual, truth):
 
 
 def assert_as_accurate(actual, reference, truth, factor=2.0, what=""):
-    """Asserts that ``actual`` is at most ``factor`` times as far from the float64 ``truth`` as ``reference`` is.
+    """Asserts that the error of ``actual`` against the float64 ``truth`` is at most ``factor`` times the reference's.
 
-    ``reference`` is the plain PyTorch result in the same dtype as ``actual``. A few units of rounding are granted on
-    top, for results where the reference happens to be exact.
+    ``reference`` is the plain PyTorch result in the dtype of ``actual``. An absolute slack of 8 eps covers results for
+    which the reference happens to be exact.
     """
     allowed = factor * relative_error(reference, truth) + 8 * torch.finfo(actual.dtype).eps
     error = relative_error(actual, truth)
@@ -33,11 +33,11 @@ def assert_as_accurate(actual, reference, truth, factor=2.0, what=""):
 
 
 def exit_worker(folder, rank, num_workers=2, timeout=60.0):
-    """Ends a process of a gloo process group, after all of them have come this far.
+    """Terminates a worker of a gloo process group once all workers have reached this call.
 
     Gloo's threads can abort a process that destroys its static objects while they run ("terminate called without an
-    active exception"), so that the exit code says nothing about the test. ``os._exit`` skips the destructors; the files
-    keep a process from leaving while another one still communicates.
+    active exception"), which makes the exit code meaningless. ``os._exit`` skips the destructors; the marker files
+    keep a worker alive while another one is still communicating.
     """
     folder = Path(folder)
     (folder / f"finished-{rank}").touch()

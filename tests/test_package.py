@@ -1,6 +1,8 @@
 """The package as a package: who may import whom, what importing costs, where the kernels are, what a wheel holds."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -37,6 +39,20 @@ POSE_LAYERS = [
 ]
 # The package's own __init__ and info() import what they present.
 ROOT_MODULES = {"__init__", "environment"}
+PUBLIC_MODULES = [
+    "amil_fast",
+    "amil_fast.ops",
+    "amil_fast.nn",
+    "amil_fast.metrics",
+    "amil_fast.metrics.modules",
+    "amil_fast.mil",
+    "amil_fast.pose",
+    "amil_fast.pose.data",
+    "amil_fast.pose.evaluation",
+    "amil_fast.pose.inference",
+    "amil_fast.pose.training",
+    "amil_fast.pose.visualization",
+]
 
 
 def imports_of(path):
@@ -202,3 +218,30 @@ def test_info():
 def test_version_is_the_same_everywhere():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{amil_fast.__version__}"' in text
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_public_api_is_annotated(name):
+    """Arguments and results of everything in ``__all__``, methods included: ``py.typed`` promises it."""
+    module = importlib.import_module(name)
+    missing = []
+    for public in module.__all__:
+        value = getattr(module, public)
+        functions = {public: value} if inspect.isfunction(value) else {}
+        if inspect.isclass(value) and not issubclass(value, tuple):
+            for attribute, member in vars(value).items():
+                member = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+                member = member.fget if isinstance(member, property) else member
+                if inspect.isfunction(member) and (attribute == "__init__" or not attribute.startswith("_")):
+                    functions[f"{public}.{attribute}"] = member
+        for place, function in functions.items():
+            if function.__module__.split(".")[0] != "amil_fast":
+                continue  # what a base class or a decorator brought along
+            signature = inspect.signature(function)
+            arguments = list(signature.parameters.values())
+            if "." in place and arguments and arguments[0].name in ("self", "cls"):
+                arguments = arguments[1:]
+            missing += [f"{place}({a.name})" for a in arguments if a.annotation is a.empty]
+            if signature.return_annotation is inspect.Signature.empty and not place.endswith("__init__"):
+                missing.append(f"{place} ->")
+    assert not missing, f"{name}: without annotation: {', '.join(missing)}"

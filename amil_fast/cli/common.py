@@ -1,6 +1,5 @@
 """Shared parts of the commands: errors, output lines, progress bars, data sets, networks, configurations."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from amil_fast.utils.files import write_json
+from amil_fast.utils.files import read_json, write_json
 
 # Exit codes: 0 done, 1 done except for unreadable inputs, 2 not done, 130 interrupted.
 PARTLY, FAILED, INTERRUPTED = 1, 2, 130
@@ -119,7 +118,7 @@ def read_config(path):
     """The :class:`~amil_fast.pose.training.config.TrainConfig` in a ``train.json``."""
     from amil_fast.pose.training.config import from_dict
 
-    return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return from_dict(read_json(path))
 
 
 def change_config(config, options, settings):

@@ -6,55 +6,53 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amil_fast.cli.common import change_config, fail, read_config
-
-_INTERRUPTED = 130
+from amil_fast.cli.common import INTERRUPTED, change_config, fail, print_plain, print_written, read_config
 
 
 def register(app):
-    """Adds the command to the root of the command line."""
+    """Adds the command to ``app``."""
     app.command()(train)
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="The run's folder: last/, best/, history.jsonl, tensorboard/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: last/, best/, history.jsonl, tensorboard/.")],
     preset: Annotated[
         str | None, typer.Option(help="paper-lsp, paper-mpii, lspet-small or demo (synthetic figures, no data needed).")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A train.json that a run left, instead of --preset.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A train.json file of another run, instead of --preset.")] = None,
     dataset: Annotated[str | None, typer.Option(help="lsp, lspet, mpii, mpii-mat, coco or synthetic.")] = None,
-    root: Annotated[Path | None, typer.Option(help="The data set's folder, in the layout it was published in.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the data set, in its published layout.")] = None,
     archive: Annotated[
         Path | None,
         typer.Option("--archive", "--packed", help="A crop archive written by `amil pack`, instead of --root."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times every person is seen.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Crops per step, over all processes.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Number of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Crops per optimization step, over all processes.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.")] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="adjust, mean, max, none or another pooling; generator and discriminator.")
+        str | None, typer.Option(help="Pooling of generator and discriminator: adjust, mean, max, none, ...")
     ] = None,
-    blocks: Annotated[int | None, typer.Option(help="MI-RNet blocks of the generator; 0: none, the baseline.")] = None,
-    adversarial: Annotated[bool | None, typer.Option(help="Train a discriminator as well.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="MI-RNet blocks of the generator; 0 is the baseline.")] = None,
+    adversarial: Annotated[bool | None, typer.Option(help="Train against a discriminator.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Data loader processes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, sample order and augmentation.")] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Start from this generator (a folder such as best/, or .safetensors).")
+        Path | None, typer.Option(help="Initialize from a generator (a folder such as best/, or a .safetensors file).")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, where there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out, if there is one.")] = False,
     checkpoint_minutes: Annotated[float | None, typer.Option(help="Minutes between checkpoints.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting: section.key=value, such as optimizer.lr=5e-4.")
+        list[str] | None, typer.Option("--set", help="Override a setting: section.key=value, e.g. optimizer.lr=5e-4.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ):
     """Train the pose generator, and a discriminator against it.
 
-    Settings come from `--preset` (or `--config`), options and `--set`. `best/` and `last/` in `--out` are networks for
-    `amil evaluate` and `amil predict`. Ctrl-C saves; `--resume` goes on, with the settings the run was started with
-    unless options change them. Exit codes: 0 done, 2 not done, 130 interrupted.
+    Settings are taken from `--preset` (or `--config`), then options, then `--set`. `amil evaluate` and `amil predict`
+    accept `best/` and `last/` in `--out`. Ctrl-C saves the state; `--resume` continues with the run's settings unless
+    options override them. Exit codes: 0 success, 2 error, 130 interrupted.
 
     Example: `amil train --preset demo --out runs/demo`
 
@@ -62,24 +60,23 @@ def train(
 
     Example: `torchrun --nproc-per-node 2 -m amil_fast.cli train --preset lspet-small --archive lspet.pack --out two`
     """
-    from amil_fast.pose.training import config as configuration
+    from amil_fast.pose.training import Interrupted, NotFinite, TrainConfig, from_dict
+    from amil_fast.pose.training import preset as get_preset
+    from amil_fast.pose.training import train as run
     from amil_fast.pose.training.checkpoints import STATE, load_state
-    from amil_fast.pose.training.presets import preset as named_preset
-    from amil_fast.pose.training.trainer import Interrupted, NotFinite
-    from amil_fast.pose.training.trainer import train as run
 
     console = Console(quiet=quiet)
     try:
         if preset is not None and config is not None:
             raise ValueError("expected --preset or --config, got both")
         if resume and (out / "last" / STATE).is_file():
-            chosen = configuration.from_dict(load_state(out / "last")[1]["config"])
+            chosen = from_dict(load_state(out / "last")[1]["config"])
         elif config is not None:
             chosen = read_config(config)
         elif preset is not None:
-            chosen = named_preset(preset)
+            chosen = get_preset(preset)
         else:
-            chosen = configuration.TrainConfig()
+            chosen = TrainConfig()
         if adversarial is False:
             chosen = chosen.override({"discriminator": None})
         elif adversarial and chosen.discriminator is None:
@@ -105,7 +102,7 @@ def train(
         summary = run(chosen, out, console, resume=resume)
     except Interrupted as stopped:
         Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, NotFinite) as error:
         fail(error)
     if summary is not None:
@@ -113,19 +110,19 @@ def train(
 
 
 def _show(console, summary, out):
-    def line(text):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    line(f"trained {summary['step']} steps in {summary['seconds']:.0f} s")
+    print_plain(console, f"trained {summary['step']} steps in {summary['seconds']:.0f} s")
     if "validation" in summary:
-        from amil_fast.pose.evaluation.scoring import headline
+        from amil_fast.pose.evaluation import headline, scores_of_groups
 
-        table = summary["validation"]
-        row = headline(table["metric"])
-        groups = [f"{name} {_cell(v)}" for name, v in table[row].items() if name not in ("joints", "mean_of_joints")]
-        line(f"best generator, {row}: {'  '.join(groups)}")
-        line(f"{table['samples']} people; {table['unmeasured']} more can't be measured and are left out")
-    line(f"written: {out / 'best'}")
+        scores = summary["validation"]
+        name = headline(scores["metric"])
+        groups = [f"{group} {_cell(value)}" for group, value in scores_of_groups(scores[name]).items()]
+        print_plain(console, f"best generator, {name}: {'  '.join(groups)}")
+        counted = f"{scores['samples']} people"
+        if scores["unmeasured"]:
+            counted += f"; {scores['unmeasured']} without a normalizer left out"
+        print_plain(console, counted)
+    print_written(console, out / "best")
 
 
 def _cell(value):

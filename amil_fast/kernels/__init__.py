@@ -1,7 +1,7 @@
-"""Triton kernels, kept in the top-level folder ``kernels/`` and importable only as ``amil_fast.kernels``.
+"""Triton kernels. The sources are in the top-level folder ``kernels/`` and importable only as ``amil_fast.kernels``.
 
-A wheel has the files beside this one. In a checkout and in an editable install they are in ``../../kernels``, a folder
-without ``__init__.py``, so that no top-level module of that name arises; this shim adds it to the package's path.
+A wheel contains the sources beside this file. In a checkout or an editable install they are in ``../../kernels``, a
+folder without ``__init__.py`` so that no top-level module ``kernels`` arises; it is added to the package's path here.
 """
 
 from pathlib import Path

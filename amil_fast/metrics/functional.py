@@ -1,33 +1,41 @@
-"""PCK, the share of joints found, as functions of tensors (:mod:`amil_fast.metrics.modules` has classes)."""
+"""PCK as functions of tensors; :mod:`amil_fast.metrics.modules` has torchmetrics classes."""
+
+from collections.abc import Sequence
 
 import torch
 
 __all__ = ["pck", "normalized_errors", "area_under_curve"]
 
 
-def pck(predictions, targets, normalizer, valid, thresholds):
-    r"""The percentage of correct keypoints, as a fraction: joint k of sample s is correct at threshold r when
+def pck(
+    predictions: torch.Tensor,
+    targets: torch.Tensor,
+    normalizer: torch.Tensor,
+    valid: torch.Tensor,
+    thresholds: torch.Tensor | Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Percentage of correct keypoints, as a fraction: joint k of sample s is correct at threshold r if
 
     .. math:: \|\hat y_{sk} - y_{sk}\| / n_s \le r \qquad (21)
 
     Args:
-        predictions: ``(S, K, 2)`` floating point, (x, y) in pixels.
-        targets: ``(S, K, 2)``, (x, y) in the same pixels.
-        normalizer: ``(S,)``, size of the person in pixels: a joint distance (PCK), the head size (PCKh). A sample whose
-            size is not a finite number above 0 can't be measured and is left out.
-        valid: ``(S, K)`` bool, joints that have a ground truth; what ``targets`` holds elsewhere is never looked at.
-        thresholds: ``(T,)`` tensor or sequence of r.
+        predictions: ``(S, K, 2)`` floating point, (x, y) in pixels; NaN is wrong.
+        targets: ``(S, K, 2)``, (x, y) in pixels.
+        normalizer: ``(S,)``, size :math:`n_s` of the person in pixels: a joint distance (PCK) or the head size (PCKh).
+            Samples without a positive, finite size are left out.
+        valid: ``(S, K)`` bool, annotated joints; other values of ``targets`` are ignored.
+        thresholds: ``(T,)``.
 
     Returns:
-        ``(by_joint (T, K), pooled (T,))``, float64 fractions in [0, 1]: by joint, and over all valid joints of all
-        samples together (joints weighted by their number). NaN where nothing was counted.
+        ``(by_joint (T, K), pooled (T,))``, float64 fractions in [0, 1]: per joint, and over all valid joints of all
+        samples. NaN where nothing is counted.
 
     Raises:
-        ValueError: shapes that don't fit together.
+        ValueError: shapes that do not match.
 
     Notes:
-        A prediction that is NaN is wrong. Distances are computed in float64 and compared in the dtype of ``thresholds``
-        (float64 for a sequence), so that an error of exactly r is correct.
+        Distances are computed in float64 and compared in the dtype of ``thresholds`` (float64 for a sequence), so that
+        an error of exactly r is correct.
 
     Source: Shamsolmoali et al., AMIL, ACM TOMM 2020, Eq. 21; Yang and Ramanan, TPAMI 2013.
     """
@@ -44,11 +52,14 @@ def pck(predictions, targets, normalizer, valid, thresholds):
     return correct / number, correct.sum(1) / number.sum()
 
 
-def normalized_errors(predictions, targets, normalizer, valid):
-    """Distances in units of the person's size.
+def normalized_errors(
+    predictions: torch.Tensor, targets: torch.Tensor, normalizer: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distances in units of the person's size; arguments as for :func:`pck`.
 
-    Arguments as in :func:`pck`. Returns ``errors (S, K)`` float64, infinite where the prediction is NaN and NaN where
-    nothing is counted, and ``counted (S, K)`` bool: valid joints of samples that have a size.
+    Returns:
+        ``errors (S, K)`` float64, infinite for NaN predictions and NaN where nothing is counted, and
+        ``counted (S, K)`` bool: valid joints of samples with a size.
     """
     predictions, targets, normalizer, valid = map(torch.as_tensor, (predictions, targets, normalizer, valid))
     _check(predictions, targets, normalizer, valid)
@@ -59,8 +70,8 @@ def normalized_errors(predictions, targets, normalizer, valid):
     return torch.where(counted, errors, torch.nan), counted
 
 
-def count_correct(errors, thresholds):
-    """Number of errors ``(S, K)`` at or below each threshold ``(T,)``: ``(T, K)`` int64. NaN is never counted."""
+def count_correct(errors: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Number of errors ``(S, K)`` at or below each threshold ``(T,)``: ``(T, K)`` int64. NaN is not counted."""
     errors = errors.to(thresholds.dtype)
     return (
         torch.stack([(errors <= r).sum(0) for r in thresholds])
@@ -69,13 +80,16 @@ def count_correct(errors, thresholds):
     )
 
 
-def area_under_curve(thresholds, values):
-    """Mean height of a curve ``values (T, ...)`` over ``thresholds (T,)``, ascending, by the trapezoidal rule.
+def area_under_curve(thresholds: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Mean of a curve ``values (T, ...)`` over ascending ``thresholds (T,)``, by the trapezoidal rule: ``(...)``.
 
-    With thresholds from 0 to 0.5 this is MPII's "AUC". The dimension of the thresholds is gone from the result.
+    With thresholds from 0 to 0.5 this is the AUC of MPII.
+
+    Raises:
+        ValueError: fewer than two thresholds.
     """
     if len(thresholds) < 2:
-        raise ValueError(f"thresholds: expected at least 2 of them for an area, got {len(thresholds)}")
+        raise ValueError(f"thresholds: expected at least 2, got {len(thresholds)}")
     return torch.trapezoid(values, thresholds.to(values), dim=0) / (thresholds[-1] - thresholds[0]).to(values)
 
 

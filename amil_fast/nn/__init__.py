@@ -1,4 +1,4 @@
-"""Layers and networks over bags of instances: poolings, MI-RNet, and the losses of multiple-instance learning."""
+"""Layers, networks and losses over bags of instances."""
 
 from amil_fast.nn.losses import NoisyOrLoss, level_loss, margin_loss, noisy_or, noisy_or_loss
 from amil_fast.nn.mirnet import MIRNet, MIROutput

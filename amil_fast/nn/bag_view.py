@@ -1,4 +1,9 @@
-"""Sums, maxima and softmaxes over the instances of bags, for padded and packed bags alike."""
+"""Validated bags, with sums, maxima and softmaxes over the instances of padded and packed bags alike."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
 
 import torch
 
@@ -6,80 +11,107 @@ from amil_fast.ops.bags import accumulation_dtype, bag_index, bag_mask, check_ba
 
 
 class BagView:
-    """One call's bags in canonical form, with the reductions over instances that the poolings are written in.
+    """Bags in canonical form, with the reductions over instances that the poolings are written in.
+
+    A network validates its input once, by constructing a view; :meth:`with_instances` then passes the same bags with
+    other instances from layer to layer.
+
+    Args:
+        instances: ``(B, N, D)``, ``(total, D)`` or a jagged nested tensor, as for :func:`amil_fast.ops.adjust_pool`.
+        mask: ``(B, N)``, nonzero for instances.
+        lengths: ``(B,)``.
+        cu_seqlens: ``(B + 1,)``.
 
     Attributes:
-        x: the instances, ``(B, N, D)`` or ``(total, D)``, in their own dtype; where a mask marks padding it is replaced
-            by zeros, so that whatever it held reaches neither values nor gradients.
-        mask: bool ``(B, N)`` of padded bags, or None where every instance is real.
-        cu_seqlens: ``(B + 1,)`` of packed bags, else None.
-        count: number of bags B.
+        instances: ``(B, N, D)`` or ``(total, D)``; padding holds arbitrary values.
+        mask: bool ``(B, N)`` of padded bags; None if there is no padding.
+        cu_seqlens: ``(B + 1,)`` of packed bags, otherwise None.
+        num_bags: B.
+
+    Raises:
+        TypeError, ValueError: as :func:`amil_fast.ops.adjust_pool`.
     """
 
-    def __init__(self, instances, mask=None, lengths=None, cu_seqlens=None):
+    def __init__(
+        self,
+        instances: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ):
         instances, mask, lengths, cu_seqlens = check_bags(instances, mask, lengths, cu_seqlens)
         if instances.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bag_values(instances, lengths, cu_seqlens)
+        self.instances = instances
         self.cu_seqlens = cu_seqlens
         if cu_seqlens is not None:
             self.mask = None
-            self.count = cu_seqlens.shape[0] - 1
+            self.num_bags = cu_seqlens.shape[0] - 1
             self._index = bag_index(instances, cu_seqlens)
         else:
             self.mask = bag_mask(instances, mask, lengths)
-            self.count = instances.shape[0]
+            self.num_bags = instances.shape[0]
             self._index = None
-            if self.mask is not None:
-                instances = torch.where(self.mask[:, :, None], instances, 0)
-        self.x = instances
 
-    def wide(self):
-        """The instances in the accumulation dtype: float64 for float64, float32 for all others."""
+    def with_instances(self, instances: torch.Tensor) -> BagView:
+        """View of the same bags with other instances: ``(B, N, D')`` or ``(total, D')``, not validated."""
+        view = copy.copy(self)
+        view.__dict__.pop("x", None)
+        view.instances = instances
+        return view
+
+    @cached_property
+    def x(self) -> torch.Tensor:
+        """Instances with zeros in the padding, so that its values reach neither results nor gradients."""
+        return self.instances if self.mask is None else torch.where(self.mask[:, :, None], self.instances, 0)
+
+    def wide(self) -> torch.Tensor:
+        """:attr:`x` in the accumulation dtype: float64 for float64, float32 otherwise."""
         return self.x.to(accumulation_dtype(self.x.dtype))
 
-    def sizes(self):
-        """Number of real instances per bag: int64 ``(B,)``."""
+    def sizes(self) -> torch.Tensor:
+        """Number of instances per bag: int64 ``(B,)``."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff().long()
         if self.mask is not None:
             return self.mask.sum(1)
-        return torch.full((self.count,), self.x.shape[1], device=self.x.device)
+        return torch.full((self.num_bags,), self.instances.shape[1], device=self.instances.device)
 
-    def sum(self, values):
-        """``values`` shaped like the instances, ``(..., D)`` -> ``(B, D)``. Padding must hold 0."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum per bag: ``(..., D)`` -> ``(B, D)``. The padding of ``values`` must hold 0."""
         if self._index is None:
             return values.sum(1)
-        return values.new_zeros(self.count, *values.shape[1:]).index_add(0, self._index, values)
+        return values.new_zeros(self.num_bags, *values.shape[1:]).index_add(0, self._index, values)
 
-    def max(self, values):
-        """The largest value per bag, ``(..., D)`` -> ``(B, D)``, 0 for empty bags. Ties share the gradient evenly."""
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum per bag: ``(..., D)`` -> ``(B, D)``, 0 for empty bags. Ties share the gradient equally."""
         if self._index is None:
             if values.shape[1] == 0:
-                return values.new_zeros(self.count, *values.shape[2:])
+                return values.new_zeros(self.num_bags, *values.shape[2:])
             if self.mask is None:
                 return values.amax(1)
             largest = values.masked_fill(~self.mask[:, :, None], -torch.inf).amax(1)
             return torch.where(self.mask.any(1)[:, None], largest, 0)
-        zeros = values.new_zeros(self.count, *values.shape[1:])
+        zeros = values.new_zeros(self.num_bags, *values.shape[1:])
         index = self._index[:, None].expand_as(values)
         return zeros.scatter_reduce(0, index, values, "amax", include_self=False)
 
-    def softmax(self, scores):
-        """Softmax over the instances of every bag, 0 where masked: ``(B, N)`` or ``(total,)`` -> the same."""
+    def softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        """Softmax over the instances of every bag, 0 in the padding: ``(B, N)`` or ``(total,)`` -> the same."""
         if self._index is None:
             if self.mask is None:
                 return torch.softmax(scores, 1)
-            # An empty bag's weights are uniform for a moment, then 0.
+            # The weights of an empty bag are uniform before the second line sets them to 0.
             scores = scores.masked_fill(~self.mask, torch.finfo(scores.dtype).min)
             return torch.where(self.mask, torch.softmax(scores, 1), 0)
         e = torch.exp(scores - self.spread(self.max(scores.detach()[:, None]))[:, 0])
         return e / self.spread(self.sum(e))
 
-    def spread(self, values):
-        """Repeats one value per bag, ``(B, ...)``, for each of its instances: ``(B, 1, ...)`` or ``(total, ...)``."""
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Repeats a value per bag for each of its instances: ``(B, ...)`` -> ``(B, 1, ...)`` or ``(total, ...)``."""
         return values[:, None] if self._index is None else values[self._index]
 
-    def weighted_sum(self, weights):
+    def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """``Σ_i w_i x_i`` in the accumulation dtype: ``(B, D)``."""
         x = self.wide()
         if self._index is None:

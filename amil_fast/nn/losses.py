@@ -1,5 +1,5 @@
-"""Losses for bags: margin loss on the length of a bag's vector, cross-entropy over levels, and the noisy-OR losses of
-scored instances (PAPER §4), all written so that no value has to be clamped.
+"""Losses for bags: margin loss on the length of bag vectors (Eq. 6), cross-entropy over levels, and the noisy-OR losses
+of scored instances (Eq. 10-18). All are computed in forms that need no clamping.
 """
 
 import math
@@ -11,18 +11,30 @@ from torch.nn import functional as F
 from amil_fast.nn.bag_view import BagView
 
 
-def margin_loss(bag, labels, *, m_plus=0.9, m_minus=0.1, negative_weight=1.0, reduction="mean"):
-    """``L = Y·max(0, m⁺ − ‖s‖)² + λ(1 − Y)·max(0, ‖s‖ − m⁻)²`` (Eq. 6).
+def margin_loss(
+    bag: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    m_plus: float = 0.9,
+    m_minus: float = 0.1,
+    negative_weight: float = 1.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Margin loss on the length of bag vectors: ``L = Y·max(0, m⁺ − ‖s‖)² + λ(1 − Y)·max(0, ‖s‖ − m⁻)²`` (Eq. 6).
 
     Args:
-        bag: ``(..., D)`` bag vectors s, of length in [0, 1) where they come from adjust pooling.
+        bag: ``(..., D)`` bag vectors s; those of adjust pooling have lengths in [0, 1).
         labels: ``(...)``, 0 or 1.
-        m_plus, m_minus: the length to reach for positive bags and to stay under for negative ones.
-        negative_weight: λ. 1 as printed; Sabour et al. use 0.5.
+        m_plus: minimum length of positive bags.
+        m_minus: maximum length of negative bags.
+        negative_weight: λ. 1 in the paper; Sabour et al. (2017) use 0.5.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        A scalar, or ``(...)`` for ``"none"``. The gradient at ``s = 0`` is 0 (the length has none there).
+        A scalar, or ``(...)`` for ``"none"``. The gradient at ``s = 0`` is 0.
+
+    Raises:
+        ValueError: ``labels`` of another shape, or an unknown reduction.
     """
     length = torch.linalg.vector_norm(bag, dim=-1)
     if labels.shape != length.shape:
@@ -32,14 +44,22 @@ def margin_loss(bag, labels, *, m_plus=0.9, m_minus=0.1, negative_weight=1.0, re
     return _reduce(y * short.square() + negative_weight * (1 - y) * long.square(), reduction)
 
 
-def level_loss(logits, labels, *, label_smoothing=0.0, reduction="mean"):
-    """Deep supervision: the cross-entropy of every level's scores with the same bag labels.
+def level_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> torch.Tensor:
+    """Cross-entropy of every level's scores with the bag labels (deep supervision).
 
     Args:
-        logits: ``(L, B)`` with ``labels (B,)`` of 0 and 1 (binary cross-entropy), or ``(L, B, C)`` with int64 class
-            numbers ``labels (B,)``: :attr:`amil_fast.nn.MIROutput.logits`.
-        label_smoothing: share of the target spread evenly over the classes.
-        reduction: ``"mean"`` over levels and bags, ``"sum"`` or ``"none"`` (``(L, B)``).
+        logits: ``(L, B)`` for binary, ``(L, B, C)`` for multi-class labels: ``MIROutput.logits``.
+        labels: ``(B,)``, 0 or 1, or int64 class indices.
+        label_smoothing: fraction of the target distributed over all classes.
+        reduction: ``"mean"`` over levels and bags, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or ``(L, B)`` for ``"none"``.
+
+    Raises:
+        ValueError: shapes that do not match, or an unknown reduction.
     """
     if logits.dim() not in (2, 3) or labels.shape != logits.shape[1:2]:
         raise ValueError(
@@ -58,30 +78,38 @@ def level_loss(logits, labels, *, label_smoothing=0.0, reduction="mean"):
 
 
 class NoisyOrLoss(NamedTuple):
-    """What :func:`noisy_or_loss` returns; the last four are ``(B, C)``, 0 for empty bags."""
+    """Result of :func:`noisy_or_loss`.
 
-    loss: torch.Tensor  # reduced as asked for
-    bag: torch.Tensor  # bag loss (10)
-    instance: torch.Tensor  # mean instance loss (14)
-    gap: torch.Tensor  # their distance d (15)
-    log_probability: torch.Tensor  # log p of the bag (11), −inf for empty bags
+    Attributes:
+        loss: the reduced loss.
+        bag: ``(B, C)`` bag loss (10), 0 for empty bags.
+        instance: ``(B, C)`` mean instance loss (14), 0 for empty bags.
+        gap: ``(B, C)`` their distance d (15), 0 for empty bags.
+        log_probability: ``(B, C)`` log p of the bag (11), −inf for empty bags.
+    """
+
+    loss: torch.Tensor
+    bag: torch.Tensor
+    instance: torch.Tensor
+    gap: torch.Tensor
+    log_probability: torch.Tensor
 
 
 def noisy_or_loss(
-    scores,
-    labels,
-    mask=None,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
     *,
-    lengths=None,
-    cu_seqlens=None,
-    scale=1.0,
-    gap_weight=1.0,
-    activation="softplus",
-    reduction="sum",
-):
-    r"""The bag and instance losses of scored instances (Eq. 10-18): a bag holds a class iff one of its instances does.
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    scale: float = 1.0,
+    gap_weight: float = 1.0,
+    activation: str | None = "softplus",
+    reduction: str = "sum",
+) -> NoisyOrLoss:
+    r"""Bag and instance losses of scored instances (Eq. 10-18): a bag has a class if one of its instances has it.
 
-    With :math:`h_j \ge 0` from the scores, per class
+    With :math:`h_j \ge 0` computed from the scores, for every class
 
     .. math::
         q_j = 1 - e^{-\lambda h_j} \;(12), \quad p = 1 - e^{-\lambda \sum_j h_j} \;(11), \quad
@@ -90,36 +118,43 @@ def noisy_or_loss(
         L_{inst} = \tfrac1m \sum_j -u_j \log q_j - (1 - u_j) \log(1 - q_j), \quad
         u_j = y \cdot [q_j \ge 1/2] \text{ held constant} \;(14), \quad d = |L_{bag} - L_{inst}| \;(15)
 
-    and a positive bag's loss is :math:`L_{bag} + \lambda_{gap} d^2` (16), a negative one's :math:`L_{inst}` (17).
+    The loss of a positive bag is :math:`L_{bag} + \lambda_{gap} d^2` (16), of a negative bag :math:`L_{inst}` (17).
 
-    Everything is computed from logarithms, nothing is clamped. With ``activation="softplus"`` values and gradients are
-    finite for every finite score; ``1 − exp(−softplus(z))`` is ``sigmoid(z)``, so for λ = 1 the scores are the
-    instances' logits.
+    Computed in the log domain, without clamping. With ``activation="softplus"`` values and gradients are finite for
+    every finite score; since ``1 − exp(−softplus(z)) = sigmoid(z)``, for λ = 1 the scores are the instances' logits.
 
     Args:
-        scores: ``(B, N, C)`` padded or ``(total, C)`` packed, one column per class; the four input forms of
-            :func:`amil_fast.adjust_pool`.
-        labels: ``(B, C)``, 0 or 1: whether bag b holds class c.
+        scores: ``(B, N, C)`` padded or ``(total, C)`` packed, a column per class.
+        labels: ``(B, C)``, 1 if bag b has class c, otherwise 0.
+        mask: ``(B, N)``, as for :func:`amil_fast.ops.adjust_pool`.
+        lengths: ``(B,)``, as for :func:`amil_fast.ops.adjust_pool`.
+        cu_seqlens: ``(B + 1,)``, as for :func:`amil_fast.ops.adjust_pool`.
         scale: λ of (12).
         gap_weight: λ_gap of (16).
         activation: ``"softplus"``: :math:`h = \log(1 + e^z)` of the scores z. ``None``: the scores are h >= 0
-            themselves; a positive bag whose h are all 0 has p = 0 and so, as the equation says, infinite loss.
-        reduction: ``"sum"`` over bags and classes as printed, ``"mean"`` or ``"none"``.
+            themselves; a positive bag whose h are all 0 has p = 0 and infinite loss.
+        reduction: ``"sum"`` over bags and classes as in the paper, ``"mean"`` or ``"none"``.
 
     Returns:
         :class:`NoisyOrLoss`. For the bag loss ∂L/∂h = λ(1 − y/p).
+
+    Raises:
+        TypeError, ValueError: as :func:`amil_fast.ops.adjust_pool`; ``labels`` of another shape, an unknown activation
+            or reduction.
     """
     bags = BagView(scores, mask, lengths, cu_seqlens)
-    if labels.shape != (bags.count, bags.x.shape[-1]):
-        raise ValueError(f"labels: expected shape ({bags.count}, {bags.x.shape[-1]}) (B, C), got {tuple(labels.shape)}")
+    if labels.shape != (bags.num_bags, bags.x.shape[-1]):
+        raise ValueError(
+            f"labels: expected shape ({bags.num_bags}, {bags.x.shape[-1]}) (B, C), got {tuple(labels.shape)}"
+        )
     with torch.autocast(bags.x.device.type, enabled=False):
-        a, a_bag, log_a_bag = _noisy_or(bags, scale, activation)
+        a, a_bag, log_a_bag = _evidence(bags, scale, activation)
         sizes = bags.sizes()[:, None]
         positive = (labels != 0) & (sizes > 0)
-        # Only where it is used: log p of a bag without evidence would send 0 · ∞ back.
+        # Restricted to positive bags: log p of a bag without evidence would give 0 · ∞ in the backward pass.
         log_p = _log1mexp(torch.where(positive, a_bag, 1), log_a_bag)
         bag = torch.where(positive, -log_p, a_bag)  # a_bag is 0 for empty bags
-        # A padded instance has a = 0 and so u = 0 and no loss.
+        # Padding has a = 0, hence u = 0 and no loss.
         u = bags.spread(positive) & (a.detach() >= math.log(2))
         instance = bags.sum(torch.where(u, -_log1mexp(torch.where(u, a, 1)), a)) / sizes.clamp(min=1)
         gap = (bag - instance).abs()
@@ -128,25 +163,40 @@ def noisy_or_loss(
     return NoisyOrLoss(_reduce(loss, reduction), bag, instance, gap, log_probability.detach())
 
 
-def noisy_or(scores, mask=None, *, lengths=None, cu_seqlens=None, scale=1.0, activation="softplus"):
-    """Probability that a bag holds a class, from its instances' scores: ``p = 1 − exp(−λ Σ_j h_j)`` (11).
+def noisy_or(
+    scores: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    scale: float = 1.0,
+    activation: str | None = "softplus",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probability that a bag has a class, from the scores of its instances: ``p = 1 − exp(−λ Σ_j h_j)`` (11).
 
-    The arguments are those of :func:`noisy_or_loss`.
+    Arguments as for :func:`noisy_or_loss`.
 
     Returns:
         ``(log p, log(1 − p))``, each ``(B, C)`` in float32 (float64 for float64); ``(−inf, 0)`` for empty bags. Their
         difference is the bag's logit.
     """
-    bags = BagView(scores, mask, lengths, cu_seqlens)
+    return noisy_or_of(BagView(scores, mask, lengths, cu_seqlens), scale, activation)
+
+
+def noisy_or_of(
+    bags: BagView, scale: float = 1.0, activation: str | None = "softplus"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`noisy_or` of validated bags, whose instances are scores."""
     with torch.autocast(bags.x.device.type, enabled=False):
-        _, a_bag, log_a_bag = _noisy_or(bags, scale, activation)
+        _, a_bag, log_a_bag = _evidence(bags, scale, activation)
         return _bag_log_probability(bags, a_bag, log_a_bag), -a_bag
 
 
-def _noisy_or(bags, scale, activation):
+def _evidence(bags, scale, activation):
     """``a = λh`` per instance, its sum over each bag ``a_bag = −log(1 − p)``, and ``log a_bag``.
 
-    The latter, from the logarithms of the scores, survives where a_bag underflows to 0; None where the scores are h.
+    The last one is computed from the logarithms of the scores and stays finite where ``a_bag`` underflows; it is None
+    if the scores are h.
     """
     if activation not in ("softplus", None):
         raise ValueError(f"activation: expected 'softplus' or None, got {activation!r}")
@@ -170,11 +220,11 @@ def _bag_log_probability(bags, a_bag, log_a_bag):
 
 
 def _log1mexp(a, log_a=None):
-    """``log(1 − exp(−a))`` for a >= 0; with ``log_a`` also where a itself is too small for its dtype."""
+    """``log(1 − exp(−a))`` for a >= 0; with ``log_a`` also for a that underflows."""
     if log_a is not None:
         tiny = a < torch.finfo(a.dtype).eps  # log(1 − e^{−a}) = log a − a/2 + …
         return torch.where(tiny, log_a, _log1mexp(torch.where(tiny, 1, a)))
-    large = a > math.log(2)  # each form where it keeps its digits, on an argument that leaves the other one finite
+    large = a > math.log(2)  # each form on its accurate side, with an argument of 1 on the other side
     return torch.where(
         large,
         torch.log1p(-torch.exp(-torch.where(large, a, 1))),
@@ -183,12 +233,12 @@ def _log1mexp(a, log_a=None):
 
 
 def _softplus(z):
-    """``log(1 + e^z)``; PyTorch's own threshold of 20 costs float64 half its digits."""
+    """``log(1 + e^z)``; the default threshold of 20 costs float64 half of its digits."""
     return F.softplus(z, threshold=40)
 
 
 def _log_softplus(z):
-    """``log(log(1 + e^z))``, which is z where e^z is below the dtype's rounding."""
+    """``log(log(1 + e^z))``, which equals z where e^z is below the rounding error."""
     tiny = z < math.log(torch.finfo(z.dtype).eps)
     return torch.where(tiny, z, torch.log(_softplus(torch.where(tiny, 0, z))))
 

@@ -1,30 +1,29 @@
-"""MI-RNet, the residual multiple-instance network (PAPER §3)."""
+"""MI-RNet, the residual multiple-instance network (Eq. 1)."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from amil_fast.nn.bag_view import BagView
-from amil_fast.nn.losses import noisy_or
-from amil_fast.nn.pooling import make_pooling
-from amil_fast.ops.bags import accumulation_dtype, bag_mask, check_bags
+from amil_fast.nn.losses import noisy_or_of
+from amil_fast.nn.pooling import AdjustPool, BasePool, make_pooling
+from amil_fast.ops.bags import accumulation_dtype
 
 
 class MIROutput(NamedTuple):
-    """What :class:`MIRNet` returns. L scored levels, B bags, C classes; without C where ``num_classes=1``.
+    """Output of :class:`MIRNet`, for L scored levels, B bags and C classes (without C for ``num_classes=1``).
 
     Attributes:
-        logits: ``(L, B)`` or ``(L, B, C)``: every level's scores, for training with deep supervision
-            (:func:`amil_fast.nn.level_loss`).
-        probabilities: ``(B,)`` or ``(B, C)``: the levels' probabilities (sigmoid or softmax) averaged with equal
-            weights.
-        embedding: ``(B, hidden)``: the last level's bag vector X^L.
-        pooled: ``(depth, B, hidden)``: what each level's pooling gave, before the residual sum; its length is what
-            :func:`amil_fast.nn.margin_loss` is about.
-        weights: ``(depth, B, N)`` or ``(depth, total)``: the poolings' instance weights where asked for, else None.
+        logits: ``(L, B)`` or ``(L, B, C)``, scores of every level, for :func:`level_loss`.
+        probabilities: ``(B,)`` or ``(B, C)``, mean over the levels' probabilities (sigmoid or softmax).
+        embedding: ``(B, hidden)``, bag vector X^L of the last level.
+        pooled: ``(depth, B, hidden)``, pooled vector of every level before the residual sum, for
+            :func:`margin_loss`.
+        weights: ``(depth, B, N)`` or ``(depth, total)``, instance weights of the poolings, or None.
         instance_logits: ``(L, B, N)`` or ``(L, total)`` with ``scoring="instances"``, for
-            :func:`amil_fast.nn.noisy_or_loss`; else None.
+            :func:`noisy_or_loss`; otherwise None.
     """
 
     logits: torch.Tensor
@@ -36,62 +35,58 @@ class MIROutput(NamedTuple):
 
 
 class MIRNet(nn.Module):
-    r"""A bag classifier: fully connected layers over instances, each followed by a pooling, whose bag vectors add
-    up.
+    r"""Bag classifier: fully connected layers over instances, each followed by a pooling; bag vectors are summed.
 
     .. math::
         x_{ij}^l = \mathrm{ReLU}(W_l x_{ij}^{l-1} + b_l), \quad X_i^1 = M^1(\{x_{ij}^1\}_j), \quad
         X_i^l = M^l(\{x_{ij}^l\}_j) + X_i^{l-1}
 
-    and a scoring head on every :math:`X^l`. ``pooling="mean"`` with ``residual=False`` is MI-Net.
+    with a classifier head on every :math:`X^l`. ``pooling="mean"`` with ``residual=False`` is MI-Net.
 
     Args:
         in_features: width of an instance.
-        num_classes: 1: one neuron and a sigmoid, for labels 0 and 1. C >= 2: C neurons and a softmax, for class
-            numbers.
+        num_classes: 1 for binary labels (one output and a sigmoid), C >= 2 for class indices (C outputs, softmax).
         hidden: width of every layer.
         depth: number of layers.
-        pooling: a name of :data:`amil_fast.nn.POOLINGS`, or a callable ``features -> module``.
-        num_iters: of adjust pooling.
-        residual: add the bag vector of the level below.
+        pooling: name in :data:`POOLINGS`, or a callable ``features -> module``.
+        num_iters: iterations of adjust pooling.
+        residual: add the bag vector of the previous level.
         deep_supervision: score every level; otherwise the last one only (L = 1).
-        dropout: probability with which a hidden unit of an instance is dropped in training.
-        input_dropout: the same for a feature of an instance.
-        instance_norm: scale every instance's embedding to this length before it is pooled; None (the paper's) leaves it
-            alone. An instance can then attract weight by its direction only, not by being loud.
-        instance_scale: factor on the embeddings before they are pooled; 1 in the paper. Where embeddings are much
-            longer than 1, squash keeps little more of a bag than its direction; a factor that brings them to about 1
-            keeps the length as well.
-        bag_scale: factor on what the poolings give before it is summed up and scored; 1 in the paper. Squash makes bag
-            vectors of length < 1, from which a head that starts small learns slowly.
-        scoring: ``"bag"``: the heads score :math:`X^l`. ``"instances"``: they score every instance joined with its
-            bag's state, :math:`x_{ij}^l + X_i^l`, and a bag's probability is that of the noisy-or over its instances
-            (:func:`amil_fast.nn.noisy_or`, λ = 1).
-        backend: of adjust pooling.
+        dropout: dropout probability of hidden units.
+        input_dropout: dropout probability of features.
+        instance_norm: length to which every embedding is scaled before pooling; None, as in the paper, does not scale.
+            With it, instances are weighted by direction, not by magnitude.
+        instance_scale: factor on the embeddings before pooling; 1 in the paper. Squash preserves little more than the
+            direction of vectors much longer than 1; a factor that brings them to about 1 preserves the length as well.
+        bag_scale: factor on the pooled vectors before the sum and the heads; 1 in the paper. Squashed vectors have
+            length < 1, from which a head with small initial weights learns slowly.
+        scoring: ``"bag"``: the heads score :math:`X^l`. ``"instances"``: they score every instance and its bag,
+            :math:`x_{ij}^l + X_i^l`, and the probability of a bag is the noisy-or over its instances
+            (:func:`noisy_or`, λ = 1).
+        backend: backend of adjust pooling.
 
-    The call ``net(instances, mask=None, *, lengths=None, cu_seqlens=None, return_weights=False) -> MIROutput`` takes
-    the four input forms of :func:`amil_fast.adjust_pool`. Packed bags are never padded; padding changes nothing,
-    whatever it holds, and gets zero gradient. An empty bag is scored from the heads' biases alone.
+    Raises:
+        ValueError: a size below 1, an unknown name, ``scoring="instances"`` with several classes.
     """
 
     def __init__(
         self,
-        in_features,
-        num_classes=1,
-        hidden=128,
-        depth=3,
-        pooling="adjust",
-        num_iters=3,
-        residual=True,
+        in_features: int,
+        num_classes: int = 1,
+        hidden: int = 128,
+        depth: int = 3,
+        pooling: str | Callable[[int], nn.Module] = "adjust",
+        num_iters: int = 3,
+        residual: bool = True,
         *,
-        deep_supervision=True,
-        dropout=0.0,
-        input_dropout=0.0,
-        instance_norm=None,
-        instance_scale=1.0,
-        bag_scale=1.0,
-        scoring="bag",
-        backend="auto",
+        deep_supervision: bool = True,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        instance_norm: float | None = None,
+        instance_scale: float = 1.0,
+        bag_scale: float = 1.0,
+        scoring: str = "bag",
+        backend: str = "auto",
     ):
         super().__init__()
         sizes = {"in_features": in_features, "num_classes": num_classes, "hidden": hidden, "depth": depth}
@@ -118,28 +113,48 @@ class MIRNet(nn.Module):
         self.scoring = scoring
         self.reset_parameters()
 
-    # What StackedMIRNet replaces.
-    _linear = staticmethod(nn.Linear)
-    _pooling = staticmethod(make_pooling)
+    # Factories of the layers, overridden by StackedMIRNet.
+    def _linear(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Linear(in_features, out_features)
 
-    def reset_parameters(self, generator=None):
-        """Weights from a normal distribution (of variance 2/fan-in before a ReLU, 1/fan-in in the heads), biases 0.
+    def _pooling(self, pooling, features, num_iters, backend) -> nn.Module:
+        return make_pooling(pooling, features, num_iters, backend)
 
-        The poolings' own parameters keep their modules' initialization.
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initializes weights from a normal distribution (variance 2/fan-in, 1/fan-in in the heads) and biases to 0.
+
+        Parameters of the poolings keep the initialization of their modules.
         """
+        layer: Any
         with torch.no_grad():
             for layers, gain in ((self.layers, 2.0), (self.heads, 1.0)):
                 for layer in layers:
                     layer.weight.normal_(0, (gain / layer.in_features) ** 0.5, generator=generator)
                     layer.bias.zero_()
 
-    def forward(self, instances, mask=None, *, lengths=None, cu_seqlens=None, return_weights=False):
-        x, mask, lengths, cu_seqlens = check_bags(instances, mask, lengths, cu_seqlens)
-        if cu_seqlens is None:
-            mask = bag_mask(x, mask, lengths)
-            if mask is not None:  # here and not only in the poolings: 0 · NaN would reach the layers' weight gradients
-                x = torch.where(mask[:, :, None], x, 0)
-        return self._levels(x, {"mask": mask, "cu_seqlens": cu_seqlens}, return_weights)
+    def forward(
+        self,
+        instances: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        lengths: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        return_weights: bool = False,
+    ) -> MIROutput:
+        """Classifies bags.
+
+        Args:
+            instances: ``(B, N, in_features)``, ``(total, in_features)`` or a jagged nested tensor, as for
+                :func:`amil_fast.ops.adjust_pool`. Padding has no effect and gets zero gradient; an empty bag is scored
+                by the biases of the heads.
+            mask: ``(B, N)``.
+            lengths: ``(B,)``.
+            cu_seqlens: ``(B + 1,)``.
+            return_weights: also return the instance weights of every level.
+        """
+        bags = BagView(instances, mask, lengths, cu_seqlens)
+        # x has zeros in the padding, where 0 · NaN would otherwise reach the weight gradients of the layers.
+        return self._levels(bags.x, bags, return_weights)
 
     def _levels(self, x, bags, return_weights):
         pooled, weights, logits, instance_logits = [], [], [], []
@@ -149,11 +164,9 @@ class MIRNet(nn.Module):
             x = self.dropout(torch.relu(layer(x)))
             f = x if self.instance_norm is None else _scaled_to(x, self.instance_norm)
             to_pool = f if self.instance_scale == 1 else f * self.instance_scale
+            m, w = self._pool(pool, to_pool, bags, return_weights)
             if return_weights:
-                m, w = self._pool(pool, to_pool, bags, return_weights=True)
                 weights.append(w)
-            else:
-                m = self._pool(pool, to_pool, bags)
             pooled.append(m)
             if self.bag_scale != 1:
                 m = m * self.bag_scale
@@ -181,16 +194,25 @@ class MIRNet(nn.Module):
             torch.stack(instance_logits)[..., 0] if instance_logits else None,
         )
 
-    def _pool(self, pool, x, bags, **kwargs):
-        return pool(x, **bags, **kwargs)
+    def _pool(self, pool, x, bags, return_weights):
+        if isinstance(pool, AdjustPool):
+            return pool.pool_view(bags.with_instances(x), return_weights)
+        if isinstance(pool, BasePool):
+            pool.check_weights(return_weights)
+            return pool.pool_view(bags.with_instances(x))
+        # A pooling of the user's, which validates its input.
+        result = pool(
+            x, mask=bags.mask, cu_seqlens=bags.cu_seqlens, **({"return_weights": True} if return_weights else {})
+        )
+        return result if return_weights else (result, None)
 
     def _score_instances(self, head, f, X, bags):
-        z = head(f + BagView(f, **bags).spread(X))
-        log_p, log_not_p = noisy_or(z, **bags)
+        z = head(f + bags.spread(X))
+        log_p, log_not_p = noisy_or_of(bags.with_instances(z))
         return log_p - log_not_p, z
 
 
 def _scaled_to(x, length):
-    """``x`` with its last axis scaled to ``length``; 0 stays 0, and near it the gradient stays bounded."""
+    """Scales the last axis of ``x`` to ``length``; 0 stays 0, with a bounded gradient near 0."""
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * (length * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6))).to(x.dtype)

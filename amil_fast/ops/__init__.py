@@ -1,4 +1,4 @@
-"""The package's operators: public functions, checks, backend choice, ``torch.library`` registration, references."""
+"""Operators: public functions, validation, selection of backends, ``torch.library`` registration, references."""
 
 from amil_fast.ops.adjust_pool import adjust_pool
 from amil_fast.ops.adjust_pool_reference import squash

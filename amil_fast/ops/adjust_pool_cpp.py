@@ -1,33 +1,32 @@
-"""The CPU backend of adjust pooling: hands tensors to ``csrc/adjust_pool/adjust_pool.cpp`` as addresses and sizes."""
+"""CPU backend of adjust pooling: passes tensors to ``csrc/adjust_pool/adjust_pool.cpp`` as addresses and sizes."""
 
 import math
 
 import torch
 
 from amil_fast.ops.backends import native
-from amil_fast.ops.bags import accumulation_dtype
+from amil_fast.ops.bags import DTYPE_CODES, accumulation_dtype
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/runtime/dtype.h
-# Below this the C library keeps freed memory by itself, as soon as a block of the size was freed once.
+# Smaller blocks are cached by the C library once a block of their size has been freed.
 _PAGE_BLOCK_BYTES = 4 << 20
 
 
-def _bags(instances, mask, lengths, cu_seqlens, num_iters):
-    """The first arguments of both C++ functions, and the tensors that they point into."""
+def _describe(instances, mask, lengths, cu_seqlens, num_iters):
+    """Leading arguments of both C++ functions, and the tensors whose memory they refer to."""
     if instances.stride(-1) != 1 and instances.shape[-1] > 1:
         instances = instances.contiguous()
     offsets = _int64(cu_seqlens)
     lengths = _int64(lengths)
     mask = mask.contiguous() if mask is not None else None
     if cu_seqlens is not None:
-        bags, longest, bag_stride = cu_seqlens.shape[0] - 1, 0, 0
+        num_bags, max_instances, bag_stride = cu_seqlens.shape[0] - 1, 0, 0
     else:
-        bags, longest, bag_stride = instances.shape[0], instances.shape[1], instances.stride(0)
+        num_bags, max_instances, bag_stride = instances.shape[0], instances.shape[1], instances.stride(0)
     described = (
         instances.data_ptr(),
         DTYPE_CODES[instances.dtype],
-        bags,
-        longest,
+        num_bags,
+        max_instances,
         instances.shape[-1],
         bag_stride,
         instances.stride(-2),
@@ -41,15 +40,15 @@ def _bags(instances, mask, lengths, cu_seqlens, num_iters):
 
 
 def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights):
-    """Returns ``(bag, weights, sigma, lse)`` as the registered operator ``amil_fast::adjust_pool`` does."""
-    bags = instances.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    """Returns ``(bag, weights, sigma, lse)`` of the registered operator ``amil_fast::adjust_pool``."""
+    num_bags = instances.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     D = instances.shape[-1]
     dtype = accumulation_dtype(instances.dtype)
-    bag = instances.new_empty(bags, D)
+    bag = instances.new_empty(num_bags, D)
     weights = instances.new_empty(instances.shape[:-1] if return_weights else (0,), dtype=dtype)
-    sigma = instances.new_empty(bags, num_iters, D, dtype=dtype)
-    lse = instances.new_empty(bags, num_iters, dtype=dtype)
-    described, kept_alive = _bags(instances, mask, lengths, cu_seqlens, num_iters)
+    sigma = instances.new_empty(num_bags, num_iters, D, dtype=dtype)
+    lse = instances.new_empty(num_bags, num_iters, dtype=dtype)
+    described, kept_alive = _describe(instances, mask, lengths, cu_seqlens, num_iters)
     native().adjust_pool_forward(
         *described, bag.data_ptr(), weights.data_ptr() if return_weights else 0, sigma.data_ptr(), lse.data_ptr()
     )
@@ -58,12 +57,12 @@ def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights):
 
 
 def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing):
-    """Returns the gradient of ``instances``, contiguous."""
+    """Returns the gradient of ``instances``, a contiguous tensor."""
     grad_bag = grad_bag.contiguous() if grad_bag is not None else None
     grad_weights = grad_weights.contiguous() if grad_weights is not None else None
     sigma, lse = sigma.contiguous(), lse.contiguous()
     grad_instances = _empty(instances.shape, instances.dtype)
-    described, kept_alive = _bags(instances, mask, lengths, cu_seqlens, sigma.shape[1])
+    described, kept_alive = _describe(instances, mask, lengths, cu_seqlens, sigma.shape[1])
     native().adjust_pool_backward(
         *described,
         _address(grad_bag),
@@ -78,7 +77,7 @@ def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma
 
 
 def _empty(shape, dtype):
-    """``torch.empty``; large tensors on pages that were used before (csrc/runtime/page_cache.h)."""
+    """``torch.empty`` that reuses pages for large tensors (csrc/runtime/page_cache.h)."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < _PAGE_BLOCK_BYTES:

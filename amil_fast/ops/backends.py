@@ -1,4 +1,4 @@
-"""Which implementation serves a call. Nothing here falls back: a backend that can't serve raises and says why."""
+"""Selection of the implementation of an operator. There is no fallback: an unusable backend raises with the reason."""
 
 import functools
 import importlib.util
@@ -10,19 +10,19 @@ import torch
 
 @functools.cache
 def native():
-    """The compiled extension ``amil_fast._C``; RuntimeError with the remedy where it can't be imported."""
+    """Returns the compiled extension ``amil_fast._C``; raises RuntimeError with instructions if the import fails."""
     try:
         from amil_fast import _C
     except ImportError as error:
         raise RuntimeError(
-            f"the compiled extension amil_fast._C can't be imported ({error}). Install the package with "
+            f"the compiled extension amil_fast._C cannot be imported ({error}). Install the package with "
             "`pip install -e .` or `pip install .` (needs a C++17 compiler), or pass backend='reference'"
         ) from error
     return _C
 
 
 def why_not_native():
-    """None where the compiled extension is usable, else the reason."""
+    """None if the compiled extension is usable, otherwise the reason."""
     try:
         native()
     except RuntimeError as error:
@@ -31,45 +31,54 @@ def why_not_native():
 
 
 def triton_interpreted():
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    """True if Triton kernels run in the interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not_triton(device_type):
-    """None where Triton kernels can run on tensors of this device type, else the reason."""
+    """None if Triton kernels run on tensors of this device type, otherwise the reason."""
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed (it has wheels for Linux; this is {sys.platform}): pip install triton"
     if device_type == "cuda" or (device_type == "cpu" and triton_interpreted()):
         return None
     return (
-        "it runs on CUDA tensors, or on CPU tensors where the environment variable TRITON_INTERPRET=1 was set before "
-        f"Triton was imported; got a tensor on {device_type!r}"
+        "expected CUDA tensors, or CPU tensors with the environment variable TRITON_INTERPRET=1 set before Triton is "
+        f"imported, got a tensor on {device_type!r}"
     )
+
+
+def check_name(backend, supported):
+    """Raises ValueError unless ``backend`` is a key of ``supported``."""
+    if backend not in supported:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, supported))}, got {backend!r}")
 
 
 def choose(backend, device_type, supported):
     """Resolves ``backend`` for a device type.
 
-    ``supported`` maps each backend's name to a function of the device type that returns None where the backend can
-    serve it, else the reason; ``"auto"`` maps a device type to one of these names. Raises ValueError for an unknown
-    name and for a named backend that can't serve the call.
+    Args:
+        backend: name of a backend, or ``"auto"``.
+        device_type: device type of the tensors.
+        supported: name -> function of the device type that returns None if the backend supports it, otherwise the
+            reason; ``"auto"`` -> function that returns a name.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot serve the call.
     """
     if backend == "auto":
         return supported["auto"](device_type)
-    if backend not in supported:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, supported))}, got {backend!r}")
+    check_name(backend, supported)
     reason = supported[backend](device_type)
     if reason is not None:
-        raise ValueError(f"backend {backend!r} can't serve this call: {reason}")
+        raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
     return backend
 
 
 def dispatcher_has_work(*tensors):
-    """Whether anything but autograd would act on a call: compiler, tracer, mode, transform, tensor subclass.
+    """True if a compiler, tracer, mode, transform or tensor subclass is active, apart from autograd.
 
-    Where nothing would, the operators call their kernels directly: the way through the dispatcher to a kernel in Python
-    and back costs 7 us, or 30 us just after some megabytes went through the caches (2 cores of a Xeon with AVX-512);
-    the kernel for a few small bags or maps takes less.
+    Otherwise the operators call their kernels directly: the dispatcher adds 7 us to a kernel implemented in Python, 30
+    us with cold caches (2 cores of a Xeon with AVX-512), more than the kernel takes for a few small bags or maps.
     """
     return (
         torch.compiler.is_compiling()

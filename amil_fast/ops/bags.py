@@ -1,27 +1,29 @@
-"""Bags of instances: the input forms, and the checks that every pooling over bags shares.
+"""Input forms of bags and their validation, shared by all poolings.
 
-A bag is a set of rows. Four forms are accepted: padded with a mask, padded with lengths, packed with ``cu_seqlens`` and
-a jagged nested tensor, which is packed in disguise.
+A bag is a set of rows. Four forms are accepted: padded with a mask, padded with lengths, packed with ``cu_seqlens``,
+and a jagged nested tensor, which is a packed tensor with offsets.
 """
 
 import numpy as np
 import torch
 
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Supported dtypes, and their codes in csrc/runtime/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+FLOAT_DTYPES = tuple(DTYPE_CODES)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def accumulation_dtype(dtype):
-    """The dtype in which sums over instances are taken: float64 for float64, float32 for all others."""
+    """Dtype of sums over instances: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_bags(instances, mask, lengths, cu_seqlens):
-    """Checks one call's bags and returns ``(instances, mask, lengths, cu_seqlens)`` in canonical form.
+    """Validates bags and returns ``(instances, mask, lengths, cu_seqlens)`` in canonical form.
 
-    Canonical: ``instances`` is a plain ``(B, N, D)`` or, exactly where ``cu_seqlens`` is given, ``(total, D)`` tensor;
-    ``mask`` is bool; at most one of the other three is not None. Only shapes, dtypes and devices are looked at here
-    (see :func:`check_bag_values`), so that the checks cost nothing on a GPU and hold under tracing.
+    In canonical form ``instances`` is a ``(B, N, D)`` tensor or, with ``cu_seqlens``, a ``(total, D)`` tensor; ``mask``
+    is bool; at most one of the other three is not None. Only shapes, dtypes and devices are checked (values in
+    :func:`check_bag_values`), which needs no synchronization with a GPU and works under tracing.
     """
     if not isinstance(instances, torch.Tensor):
         raise TypeError(f"instances: expected a torch.Tensor, got {type(instances).__name__}")
@@ -31,7 +33,7 @@ def check_bags(instances, mask, lengths, cu_seqlens):
         if instances.layout != torch.jagged:
             raise ValueError(
                 "instances: expected a nested tensor of layout torch.jagged, got layout "
-                f"{instances.layout}; make it with torch.nested.nested_tensor(..., layout=torch.jagged)"
+                f"{instances.layout}; create it with torch.nested.nested_tensor(..., layout=torch.jagged)"
             )
         if instances.dim() != 3 or instances._ragged_idx != 1:
             raise ValueError("instances: expected a jagged nested tensor of shape (B, ragged, D)")
@@ -74,7 +76,7 @@ def check_bags(instances, mask, lengths, cu_seqlens):
 
 
 def check_bag_values(instances, lengths, cu_seqlens):
-    """Raises ValueError where ``lengths`` or ``cu_seqlens`` hold impossible values. For CPU tensors only."""
+    """Raises ValueError if values of ``lengths`` or ``cu_seqlens`` are out of range. For CPU tensors only."""
     if lengths is not None and lengths.shape[0]:
         values = lengths.numpy()
         low, high = values.min(), values.max()
@@ -94,7 +96,7 @@ def check_bag_values(instances, lengths, cu_seqlens):
         if steps.size and steps.min() < 0:
             bad = int(np.argmin(steps))
             raise ValueError(
-                f"cu_seqlens: expected values that never fall, got cu_seqlens[{bad}] = {values[bad]}, "
+                f"cu_seqlens: expected non-decreasing values, got cu_seqlens[{bad}] = {values[bad]}, "
                 f"cu_seqlens[{bad + 1}] = {values[bad + 1]}"
             )
 
@@ -113,14 +115,14 @@ def _check_device(tensor, name, device):
 
 
 def bag_mask(instances, mask, lengths):
-    """The bool ``(B, N)`` mask of padded bags, or None where every instance is real."""
+    """Bool mask ``(B, N)`` of padded bags; None without padding."""
     if lengths is None:
         return mask
     return torch.arange(instances.shape[1], device=instances.device) < lengths[:, None]
 
 
 def bag_index(instances, cu_seqlens):
-    """Which bag each row of packed bags belongs to: int64 ``(total,)``."""
+    """Bag index of every row of packed bags: int64 ``(total,)``."""
     sizes = cu_seqlens.diff()
-    bags = torch.arange(sizes.shape[0], device=instances.device)
-    return torch.repeat_interleave(bags, sizes, output_size=instances.shape[0])
+    bag_indices = torch.arange(sizes.shape[0], device=instances.device)
+    return torch.repeat_interleave(bag_indices, sizes, output_size=instances.shape[0])

@@ -1,21 +1,21 @@
 """Heatmap decoding: the public function and its registration as ``torch.ops.amil_fast.decode_heatmaps``."""
 
-import functools
+from collections.abc import Sequence
 
 import torch
 
 from amil_fast.ops import backends
 from amil_fast.ops.bags import FLOAT_DTYPES
+from amil_fast.ops.decode_heatmaps_native import CONVENTIONS, REFINEMENTS, decode_cpp, decode_cuda
+from amil_fast.ops.decode_heatmaps_reference import decode_heatmaps_reference
 from amil_fast.ops.flip import check_pairs
 
-REFINEMENTS = ("none", "quarter", "dark", "dark_udp")  # in the order of csrc/decode_heatmaps/decode_heatmaps.h
-CONVENTIONS = ("hrnet", "darkpose", "mmpose")
 MAX_BLUR_KERNEL = 255
 
 
 def _why_not_cuda(device):
     if device != "cuda":
-        return f"it runs on CUDA tensors, got a tensor on {device!r}"
+        return f"expected CUDA tensors, got a tensor on {device!r}"
     if (reason := backends.why_not_native()) is not None:
         return reason
     return None if backends.native().with_cuda else "the extension was built without CUDA (see amil_fast.info())"
@@ -24,87 +24,88 @@ def _why_not_cuda(device):
 _SUPPORTED = {
     "auto": lambda device: {"cpu": "cpp", "cuda": "cuda"}.get(device, "reference"),
     "reference": lambda device: None,
-    "cpp": lambda device: None if device == "cpu" else f"it runs on CPU tensors, got a tensor on {device!r}",
+    "cpp": lambda device: None if device == "cpu" else f"expected CPU tensors, got a tensor on {device!r}",
     "cuda": _why_not_cuda,
 }
 
 
 def decode_heatmaps(
-    heatmaps,
+    heatmaps: torch.Tensor,
     *,
-    refine="none",
-    convention="hrnet",
-    blur_kernel=11,
-    flipped=None,
-    flip_pairs=None,
-    shift_flipped=False,
-    center=None,
-    scale=None,
-    affine=None,
-    backend="auto",
-):
-    r"""Finds each joint's position in its heatmap, to a fraction of a pixel, and takes it back to the image.
+    refine: str = "none",
+    convention: str = "hrnet",
+    blur_kernel: int = 11,
+    flipped: torch.Tensor | None = None,
+    flip_pairs: Sequence[tuple[int, int]] | None = None,
+    shift_flipped: bool = False,
+    center: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    affine: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Decodes heatmaps to joint coordinates: arg-max, sub-pixel refinement, flip test and transform to the image.
 
-    ``convention="hrnet"``, ``refine="none"`` without a transform equals ``heatmaps.flatten(2).argmax(-1)`` written as
-    (x, y), with ``heatmaps.amax((2, 3))`` as scores. The other settings reproduce what HRNet, DarkPose and mmpose do
-    in NumPy and OpenCV.
+    ``convention="hrnet"``, ``refine="none"`` without a transform equals ``heatmaps.flatten(2).argmax(-1)`` converted to
+    (x, y), with ``heatmaps.amax((2, 3))`` as scores. The other settings reproduce the NumPy and OpenCV post-processing
+    of HRNet, DarkPose and mmpose.
 
     Args:
-        heatmaps: ``(B, K, H, W)``, float16, bfloat16, float32 or float64, CPU or CUDA, any strides. Unit stride along
-            W is read fastest.
-        refine: what is added to the position of the maximum:
+        heatmaps: ``(B, K, H, W)``, float16, bfloat16, float32 or float64, CPU or CUDA, any strides; fastest with unit
+            stride along W.
+        refine: refinement of the position of the maximum:
 
-            - ``"none"``: nothing;
-            - ``"quarter"``: 0.25 px toward the greater neighbor in x and in y;
-            - ``"dark"``: the Newton step on the logarithm of the Gaussian-blurred map, second derivatives over ±2 px
+            - ``"none"``: none;
+            - ``"quarter"``: 0.25 px toward the larger neighbor in x and in y;
+            - ``"dark"``: a Newton step on the logarithm of the Gaussian-blurred map, second derivatives over ±2 px
               (DarkPose, mmpose's ``refine_keypoints_dark``); none within 2 px of the edge;
-            - ``"dark_udp"``: the same over ±1 px with the map continued past its edge (mmpose's
-              ``refine_keypoints_dark_udp``).
-        convention: the project whose rules are followed:
+            - ``"dark_udp"``: the same over ±1 px with edge padding (mmpose's ``refine_keypoints_dark_udp``).
 
-            - near the edge, ``"quarter"`` moves both coordinates or none (``"hrnet"``, ``"darkpose"``), or decides
-              for each (``"mmpose"``);
-            - where a map's maximum is not positive, the joint is at (0, 0) (``"hrnet"``, ``"darkpose"``) or (-1, -1)
-              (``"mmpose"``) in heatmap pixels, unrefined, and like any other point taken to the image;
-            - ``center`` and ``scale`` map to the image by its formula (below).
-        blur_kernel: size in pixels of the blur of ``"dark"`` and ``"dark_udp"``, odd, 1 to 255: OpenCV's Gaussian of
-            that size, standard deviation ``0.3 ((k - 1) / 2 - 1) + 0.8`` (for k <= 9 OpenCV's table). 1 doesn't blur.
-        flipped: ``(B, K, H, W)``, the heatmaps of the mirrored crop, dtype and device of ``heatmaps``: they are
-            mirrored back and averaged in on the fly, ``(heatmaps + mirrored back) / 2``.
-        flip_pairs: the pairs of joints that swap places in the mirror, such as ``[(1, 2), (3, 4)]``; needed with
-            ``flipped``, ``()`` where no joints swap.
-        shift_flipped: shift the mirrored-back maps by one pixel to the right, as HRNet does (its ``SHIFT_HEATMAP``).
-            Wrong for models trained with UDP's or DARK's unbiased mirror.
-        center, scale: ``(B, 2)``, floating: center of the crop in image pixels and its size in units of 200 px
-            (HRNet's). With p = heatmap pixels, c = center, s = 200 scale: ``"hrnet"``
-            :math:`(p - [W, H] / 2) \, s_x / W + c`; ``"darkpose"``
-            :math:`(p - [W - 1, H - 1] / 2) \, (s_x - 1) / (W - 1) + c`; ``"mmpose"`` :math:`p / [W, H] \, s + c - s /
-            2`, and for ``"dark_udp"`` :math:`p / [W - 1, H - 1] \, s + c - s / 2`. A map one pixel wide (high) counts
-            as W - 1 (H - 1) = 1.
-        affine: ``(B, 2, 3)``, floating, maps heatmap pixels (x, y, 1) to the image; instead of ``center`` and
+        convention: project whose rules are reproduced:
+
+            - near the edge, ``"quarter"`` shifts both coordinates or none (``"hrnet"``, ``"darkpose"``), or each
+              coordinate separately (``"mmpose"``);
+            - a map without a positive maximum gives (0, 0) (``"hrnet"``, ``"darkpose"``) or (-1, -1) (``"mmpose"``) in
+              heatmap pixels, unrefined, which is transformed to the image like any other point;
+            - the formula of the transform by ``center`` and ``scale``, see below.
+
+        blur_kernel: size k in pixels of the blur of ``"dark"`` and ``"dark_udp"``, odd, 1 to 255: OpenCV's Gaussian of
+            that size with standard deviation ``0.3 ((k - 1) / 2 - 1) + 0.8`` (OpenCV's table for k <= 9). 1: no blur.
+        flipped: ``(B, K, H, W)``, heatmaps of the flipped crop, with dtype and device of ``heatmaps``. They are flipped
+            back and averaged with ``heatmaps`` without an intermediate tensor (flip test).
+        flip_pairs: pairs of joints that change places in a flip, such as ``[(1, 2), (3, 4)]``; required with
+            ``flipped``, ``()`` for none.
+        shift_flipped: shift the flipped-back heatmaps one pixel to the right, as HRNet does (``SHIFT_HEATMAP``). Not
+            for models trained with unbiased coordinates (UDP, DARK).
+        center: ``(B, 2)``, floating point, center of the crop in image pixels.
+        scale: ``(B, 2)``, floating point, size of the crop in units of 200 px (HRNet). With p = heatmap pixels, c =
+            center, s = 200 scale: ``"hrnet"`` :math:`(p - [W, H] / 2) \, s_x / W + c`; ``"darkpose"``
+            :math:`(p - [W - 1, H - 1] / 2) \, (s_x - 1) / (W - 1) + c`; ``"mmpose"``
+            :math:`p / [W, H] \, s + c - s / 2`, and for ``"dark_udp"`` :math:`p / [W - 1, H - 1] \, s + c - s / 2`.
+            For maps of width (height) 1, W - 1 (H - 1) is replaced by 1.
+        affine: ``(B, 2, 3)``, floating point, maps heatmap pixels (x, y, 1) to the image; instead of ``center`` and
             ``scale``.
-        backend: ``"auto"`` (``"cpp"`` on a CPU, ``"cuda"`` on CUDA, else ``"reference"``), ``"reference"`` (plain
-            PyTorch), ``"cpp"`` (CPU) or ``"cuda"``.
+        backend: ``"auto"`` (``"cpp"`` on a CPU, ``"cuda"`` on CUDA, otherwise ``"reference"``), ``"reference"`` (plain
+            PyTorch), ``"cpp"`` or ``"cuda"``.
 
     Returns:
-        ``coords (B, K, 2)`` float32, (x, y) in image pixels, or heatmap pixels without a transform; ``scores (B, K)``
-        float32, the maps' maxima.
+        ``coords (B, K, 2)`` float32, (x, y) in image pixels, or in heatmap pixels without a transform, and
+        ``scores (B, K)`` float32, the maxima.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that don't fit together, maps without pixels, an unknown name, an even or too
-            large kernel, ``flipped`` without ``flip_pairs``, a joint out of range or in two pairs, ``center`` without
-            ``scale`` or the reverse, both transforms, a backend that can't serve the call.
-        RuntimeError: on ``backward()`` through the result. Decoding has no derivative; see
-            :func:`amil_fast.soft_argmax`. (Under ``torch.compile`` the result is a constant.)
+        ValueError: shapes or devices do not match; maps without pixels; an unknown name; an even or too large kernel;
+            ``flipped`` without ``flip_pairs``; a joint out of range or in two pairs; ``center`` without ``scale`` or
+            vice versa; both transforms; a backend that cannot serve the call.
+        RuntimeError: ``backward()`` through the result. Decoding is not differentiable, see :func:`soft_argmax`; under
+            ``torch.compile`` the result is a constant.
 
     Notes:
-        Of equal maxima the first in row-major order wins. A NaN anywhere in a map, or in the one averaged into it,
-        makes its coordinates and its score NaN. An infinite maximum is found but not refined by ``"dark"`` and
-        ``"dark_udp"``; neither is one where the Hessian is singular. Averages and blur are taken in float32 (float64
-        for float64); results are bit-equal from run to run, for any number of threads, any batch around a map and
-        any CPU, and CUDA does the same operations in the same order. On CUDA nothing waits for the device, so the
-        call can be captured in a CUDA graph. ``B = 0`` and ``K = 0`` are legal.
+        Ties go to the first maximum in row-major order. NaN in a map, or in the flipped map averaged with it, gives NaN
+        coordinates and a NaN score. ``"dark"`` and ``"dark_udp"`` do not refine infinite maxima and maxima with a
+        singular Hessian. Averages and blur are computed in float32 (float64 for float64). Results are deterministic
+        and independent of the number of threads, the rest of the batch and the CPU; CUDA performs the same operations
+        in the same order, without synchronization, so the call can be captured in a CUDA graph. ``B = 0`` and
+        ``K = 0`` are supported.
 
     Sources: Sun et al., HRNet, CVPR 2019; Zhang et al., DARK, CVPR 2020; Huang et al., UDP, CVPR 2020.
     """
@@ -128,7 +129,7 @@ def decode_heatmaps(
             raise TypeError(f"flipped: expected dtype {heatmaps.dtype} of heatmaps, got {flipped.dtype}")
         _check_device(flipped, "flipped", heatmaps)
         if flip_pairs is None:
-            raise ValueError("flip_pairs: expected pairs of joints with flipped (() where no joints swap), got None")
+            raise ValueError("flip_pairs: expected pairs of joints with flipped, () for none, got None")
         swap = check_pairs(flip_pairs, heatmaps.shape[1])
     if center is not None or scale is not None:
         if affine is not None:
@@ -143,7 +144,7 @@ def decode_heatmaps(
     backend = backends.choose(backend, heatmaps.device.type, _SUPPORTED)
 
     settings = (refine, convention, blur_kernel, backend)
-    arguments = (heatmaps, flipped, swap, shift_flipped, center, scale, affine, *settings)
+    arguments: tuple = (heatmaps, flipped, swap, shift_flipped, center, scale, affine, *settings)
     tensors = [t for t in (heatmaps, flipped, center, scale, affine) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         if not torch.compiler.is_compiling():
@@ -182,7 +183,7 @@ def _check_device(tensor, name, heatmaps):
 
 
 class _Refusal(torch.autograd.Function):
-    """The operator where a gradient might be asked for: refuses when it is."""
+    """The operator for inputs that require grad: raises in the backward pass."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -191,12 +192,12 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "decode_heatmaps can't be differentiated: the position of a maximum has no derivative. For a loss on "
-            "coordinates use amil_fast.soft_argmax; else pass heatmaps.detach() or call it under torch.no_grad()"
+            "decode_heatmaps is not differentiable: the position of a maximum has no derivative. For a loss on "
+            "coordinates use amil_fast.soft_argmax; otherwise pass heatmaps.detach() or use torch.no_grad()"
         )
 
 
-# The registered operator; `swap[k]` is the joint of `flipped` that is averaged with joint k, empty without `flipped`.
+# The registered operator; `swap[k]` is the joint of `flipped` averaged with joint k. Empty without `flipped`.
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _library.define(
     "decode_heatmaps(Tensor heatmaps, Tensor? flipped, int[] swap, bool shift_flipped, Tensor? center, Tensor? scale,"
@@ -205,19 +206,11 @@ _library.define(
 )
 
 
-@functools.cache
-def _implementation(backend):
-    if backend == "reference":
-        from amil_fast.ops.decode_heatmaps_reference import decode_heatmaps_reference
-
-        return decode_heatmaps_reference
-    from amil_fast.ops import decode_heatmaps_native
-
-    return {"cpp": decode_heatmaps_native.decode_cpp, "cuda": decode_heatmaps_native.decode_cuda}[backend]
+_IMPLEMENTATIONS = {"reference": decode_heatmaps_reference, "cpp": decode_cpp, "cuda": decode_cuda}
 
 
 def _decode(heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend):
-    return _implementation(backend)(
+    return _IMPLEMENTATIONS[backend](
         heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel
     )
 

@@ -1,18 +1,18 @@
-"""The compiled backends of heatmap decoding: hand tensors to ``csrc`` as addresses, sizes and strides."""
+"""Compiled backends of heatmap decoding: pass tensors to ``csrc`` as addresses, sizes and strides."""
 
 import torch
 
 from amil_fast.ops.backends import native
-from amil_fast.ops.decode_heatmaps import CONVENTIONS, REFINEMENTS
+from amil_fast.ops.bags import DTYPE_CODES
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/runtime/dtype.h
-_REFINE_CODES = {name: code for code, name in enumerate(REFINEMENTS)}
-_CONVENTION_CODES = {name: code for code, name in enumerate(CONVENTIONS)}
+# Name -> code in csrc/decode_heatmaps/decode_heatmaps.h.
+REFINEMENTS = {"none": 0, "quarter": 1, "dark": 2, "dark_udp": 3}
+CONVENTIONS = {"hrnet": 0, "darkpose": 1, "mmpose": 2}
 _NO_STRIDES = (0, 0, 0, 0)
 
 
 def _prepare(heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel):
-    """The outputs, the C++ description of the call, and the tensors it points into."""
+    """Outputs, C++ description of the call, and the tensors whose memory it refers to."""
     B, K, H, W = heatmaps.shape
     coords = torch.empty((B, K, 2), dtype=torch.float32, device=heatmaps.device)
     scores = torch.empty((B, K), dtype=torch.float32, device=heatmaps.device)
@@ -24,10 +24,10 @@ def _prepare(heatmaps, flipped, swap, shift_flipped, center, scale, affine, refi
         _NO_STRIDES if flipped is None else flipped.stride(),
         swap,
         shift_flipped,
-        _DTYPE_CODES[heatmaps.dtype],
+        DTYPE_CODES[heatmaps.dtype],
         (B, K, H, W),
-        _REFINE_CODES[refine],
-        _CONVENTION_CODES[convention],
+        REFINEMENTS[refine],
+        CONVENTIONS[convention],
         blur_kernel,
         _address(center),
         _address(scale),
@@ -39,7 +39,7 @@ def _prepare(heatmaps, flipped, swap, shift_flipped, center, scale, affine, refi
 
 
 def decode_cpp(heatmaps, *arguments):
-    """Returns ``(coords, scores)`` as the registered operator ``amil_fast::decode_heatmaps`` does."""
+    """Returns ``(coords, scores)`` of the registered operator ``amil_fast::decode_heatmaps``."""
     coords, scores, call, kept_alive = _prepare(heatmaps, *arguments)
     native().decode_heatmaps_cpu(call, torch.get_num_threads())
     del kept_alive
@@ -47,14 +47,14 @@ def decode_cpp(heatmaps, *arguments):
 
 
 def decode_cuda(heatmaps, *arguments):
-    """The same on the current stream of the maps' device.
+    """Like :func:`decode_cpp`, on the current stream of the heatmaps' device.
 
-    ``kept_alive`` may go before the kernel has run: its memory is reused for work on the same stream only.
+    ``kept_alive`` can be freed before the kernel runs, since the allocator reuses its memory on the same stream only.
     """
     if not native().with_cuda:
         raise RuntimeError(
-            "decode_heatmaps: the extension was built without CUDA (amil_fast.info() says why). Install the package "
-            "where nvcc is found, or pass backend='reference'"
+            "decode_heatmaps: the extension was built without CUDA (see amil_fast.info()). Install the package "
+            "where nvcc is available, or pass backend='reference'"
         )
     coords, scores, call, kept_alive = _prepare(heatmaps, *arguments)
     device = heatmaps.device.index

@@ -1,7 +1,7 @@
-"""Heatmap decoding in plain PyTorch, as the public pose repositories do it: the specification of the other backends.
+"""Heatmap decoding in plain PyTorch, structured as in the public pose repositories: the specification of all backends.
 
-Whole maps are blurred, rescaled, clamped and logged; then a few values are gathered around each maximum. The maximum
-is taken in float32 (float64 for float64 maps), all refinement in float64.
+Whole maps are blurred, rescaled, clamped and log-transformed; then a few values are gathered around each maximum. The
+maximum is computed in float32 (float64 for float64 maps), the refinement in float64.
 """
 
 import math
@@ -16,13 +16,13 @@ from amil_fast.ops.flip import flip_maps
 def decode_heatmaps_reference(
     heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel
 ):
-    """Returns ``(coords, scores)`` for arguments that :func:`amil_fast.decode_heatmaps` has checked."""
+    """Returns ``(coords, scores)`` for arguments validated by :func:`amil_fast.ops.decode_heatmaps`."""
     H, W = heatmaps.shape[-2:]
     h = heatmaps.to(accumulation_dtype(heatmaps.dtype))
     if flipped is not None:
         h = (h + flip_maps(flipped.to(h.dtype), swap, shift_flipped)) * 0.5
 
-    maximum, index = h.amax((2, 3)), h.flatten(2).argmax(-1)  # of equal values the first; NaN if there is one
+    maximum, index = h.amax((2, 3)), h.flatten(2).argmax(-1)  # the first of equal values; NaN if there is one
     x, y = index % W, index // W
     position = torch.stack([x, y], -1).double()
     if refine == "quarter":
@@ -49,9 +49,9 @@ def decode_heatmaps_reference(
 
 
 def blur_weights(blur_kernel):
-    """The taps of OpenCV's Gaussian for this kernel size and no given standard deviation, as a list of floats.
+    """Taps of OpenCV's Gaussian of a kernel size, with its default standard deviation, as a list of floats.
 
-    Up to 9 taps OpenCV has tables, rounded to a few bits.
+    For up to 9 taps OpenCV uses tables of rounded values.
     """
     table = {
         1: [1],
@@ -69,7 +69,7 @@ def blur_weights(blur_kernel):
 
 
 def blur(h, blur_kernel):
-    """Blurs maps ``(B, K, H, W)``; zeros surround them."""
+    """Blurs maps ``(B, K, H, W)`` with zero padding."""
     H, W = h.shape[-2:]
     w = blur_weights(blur_kernel)
     padded = F.pad(h, [blur_kernel // 2] * 4)
@@ -78,14 +78,14 @@ def blur(h, blur_kernel):
 
 
 def log_blurred(h, blur_kernel, low, high):
-    """The logarithm of the blurred map, rescaled to its old maximum and clamped to [low, high]; float64."""
+    """Logarithm of the blurred map, rescaled to the original maximum and clamped to [low, high]; float64."""
     blurred = blur(h.double(), blur_kernel)
     rescaled = blurred * (h.double().amax((2, 3), keepdim=True) / blurred.amax((2, 3), keepdim=True))
     return torch.where(rescaled > low, rescaled, low).clamp(max=high).log()  # NaN becomes low
 
 
 def _reader(maps, x, y):
-    """``read(dx, dy)``: the values at that distance from (x, y), ``(B, K)``; beyond the edge those of the edge."""
+    """Returns ``read(dx, dy)``: values at offset (dx, dy) from (x, y), ``(B, K)``, with edge padding."""
     H, W = maps.shape[-2:]
 
     def read(dx, dy):
@@ -96,11 +96,11 @@ def _reader(maps, x, y):
 
 
 def _quarter(h, x, y, convention):
-    """A quarter of a pixel toward the greater neighbor, ``(B, K, 2)``."""
+    """Quarter of a pixel toward the larger neighbor, ``(B, K, 2)``."""
     H, W = h.shape[-2:]
     h = _reader(h, x, y)
     inner_x, inner_y = (x > 1) & (x < W - 1), (y > 1) & (y < H - 1)
-    if convention == "mmpose":  # each coordinate for itself
+    if convention == "mmpose":  # each coordinate separately
         inner = torch.stack([inner_x & (y > 0), inner_y & (x > 0)], -1)
     else:
         inner = (inner_x & inner_y)[..., None]
@@ -109,7 +109,7 @@ def _quarter(h, x, y, convention):
 
 
 def _dark(L, x, y):
-    """DARK's Newton step on log maps ``L``, ``(B, K, 2)``; none near the edge."""
+    """Newton step of DARK on log maps ``L``, ``(B, K, 2)``; 0 near the edge."""
     H, W = L.shape[-2:]
     L = _reader(L, x, y)
     dx, dy = 0.5 * (L(1, 0) - L(-1, 0)), 0.5 * (L(0, 1) - L(0, -1))
@@ -121,7 +121,7 @@ def _dark(L, x, y):
 
 
 def _dark_udp(L, x, y):
-    """UDP's Newton step on log maps ``L``, ``(B, K, 2)``, up to the edge."""
+    """Newton step of UDP on log maps ``L``, ``(B, K, 2)``, also at the edge."""
     L = _reader(L, x, y)
     epsilon = torch.finfo(torch.float32).eps
     dx, dy = 0.5 * (L(1, 0) - L(-1, 0)), 0.5 * (L(0, 1) - L(0, -1))
@@ -132,14 +132,14 @@ def _dark_udp(L, x, y):
 
 
 def _newton(dx, dy, dxx, dxy, dyy):
-    """``-H⁻¹ g``, 0 where H is singular or the step isn't finite."""
+    """``-H⁻¹ g``; 0 where H is singular or the step is not finite."""
     determinant = dxx * dyy - dxy * dxy
     step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1) / determinant[..., None]
     return torch.where((determinant != 0)[..., None] & step.isfinite().all(-1, keepdim=True), step, 0)
 
 
 def _to_image(coords, center, scale, H, W, refine, convention):
-    """Heatmap pixels ``(B, K, 2)`` to image pixels; ``center``, ``scale`` are ``(B, 1, 2)``."""
+    """Maps heatmap pixels ``(B, K, 2)`` to image pixels; ``center``, ``scale`` are ``(B, 1, 2)``."""
     box = 200 * scale
     size = coords.new_tensor([W, H])
     last = (size - 1).clamp(min=1)

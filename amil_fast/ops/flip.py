@@ -1,4 +1,4 @@
-"""What the functions on joints' heatmaps share: checks, and the way back from the mirror."""
+"""Validation of heatmaps and flip pairs, and flipping of heatmaps."""
 
 import operator
 
@@ -8,7 +8,7 @@ from amil_fast.ops.bags import FLOAT_DTYPES
 
 
 def check_float_maps(heatmaps, name, axes=2):
-    """Raises unless ``heatmaps`` is a floating tensor of at least ``axes`` axes, the last two (H, W) not empty."""
+    """Raises unless ``heatmaps`` is a floating-point tensor of at least ``axes`` axes with non-empty maps (H, W)."""
     if not isinstance(heatmaps, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(heatmaps).__name__}")
     if heatmaps.dtype not in FLOAT_DTYPES:
@@ -21,7 +21,7 @@ def check_float_maps(heatmaps, name, axes=2):
 
 
 def check_pairs(flip_pairs, K):
-    """Pairs of joints as a list: entry k is the joint in joint k's place in the mirror, k if it has no pair."""
+    """Flip pairs as a permutation: entry k is the joint that joint k changes places with, or k."""
     if isinstance(flip_pairs, torch.Tensor):
         raise TypeError("flip_pairs: expected a sequence of pairs of ints, got a torch.Tensor; pass its .tolist()")
     try:
@@ -33,14 +33,16 @@ def check_pairs(flip_pairs, K):
         if not (0 <= a < K and 0 <= b < K):
             raise ValueError(f"flip_pairs: expected joints in 0..{K - 1}, got the pair ({a}, {b})")
         if a == b or swap[a] != a or swap[b] != b:
-            raise ValueError(f"flip_pairs: expected each joint at most once, got one again in the pair ({a}, {b})")
+            raise ValueError(
+                f"flip_pairs: expected each joint at most once, got a repeated joint in the pair ({a}, {b})"
+            )
         swap[a], swap[b] = b, a
     return swap
 
 
 def flip_maps(maps, swap, shift):
-    """Maps ``(..., K, H, W)`` of a mirrored crop, mirrored back: joint k is ``maps``' joint ``swap[k]``."""
+    """Flips heatmaps ``(..., K, H, W)`` horizontally; joint k of the result is joint ``swap[k]`` of ``maps``."""
     if swap != list(range(len(swap))):
-        maps = torch.stack([maps[..., k, :, :] for k in swap], -3)  # an index tensor would have to be sent to the GPU
-    mirrored = maps.flip(-1)
-    return torch.cat([mirrored[..., :1], mirrored[..., :-1]], -1) if shift else mirrored
+        maps = torch.stack([maps[..., k, :, :] for k in swap], -3)  # an index tensor would need a copy to the GPU
+    flipped = maps.flip(-1)
+    return torch.cat([flipped[..., :1], flipped[..., :-1]], -1) if shift else flipped

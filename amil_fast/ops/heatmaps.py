@@ -1,4 +1,6 @@
-"""Heatmaps around decoding: drawing them from coordinates, mirroring them back, and the differentiable soft-argmax."""
+"""Encoding of coordinates as heatmaps, flipping of heatmaps, and the differentiable soft-argmax."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -6,28 +8,39 @@ from amil_fast.ops.bags import FLOAT_DTYPES, accumulation_dtype
 from amil_fast.ops.flip import check_float_maps, check_pairs, flip_maps
 
 
-def encode_heatmaps(coords, height, width, *, heatmap_std=2.0, unbiased=True, visible=None, dtype=None):
-    r"""Draws a Gaussian per joint, :math:`\exp(-\|p - c\|^2 / (2 \cdot \text{heatmap\_std}^2))`, p pixel, c center.
+def encode_heatmaps(
+    coords: torch.Tensor,
+    height: int,
+    width: int,
+    *,
+    heatmap_std: float = 2.0,
+    unbiased: bool = True,
+    visible: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Encodes joints as Gaussian heatmaps :math:`\exp(-\|p - c\|^2 / (2 \cdot \text{heatmap\_std}^2))`.
+
+    p are the pixels, c is the joint.
 
     Args:
-        coords: ``(..., K, 2)``, (x, y) in heatmap pixels: 0-based, an integer is the center of a pixel. Any floating
-            dtype.
-        height, width: size of the maps in pixels, at least 1.
+        coords: ``(..., K, 2)``, (x, y) in heatmap pixels, floating point; integers are pixel centers.
+        height: of the heatmaps in pixels, at least 1.
+        width: of the heatmaps in pixels, at least 1.
         heatmap_std: standard deviation of the Gaussian in heatmap pixels, > 0.
-        unbiased: True draws the Gaussian around the exact coordinates over the whole map (DarkPose). False rounds the
-            center to the nearest pixel (halves up) and cuts the Gaussian to a square of 3 ``heatmap_std`` to each
-            side (HRNet): decoding then can't recover the fraction of a pixel.
-        visible: ``(..., K)``, nonzero = there is such a joint; None: all are there.
-        dtype: floating dtype of the maps; None: that of ``coords``.
+        unbiased: True: Gaussian around the exact coordinates over the whole map (DarkPose). False: the center is
+            rounded to the nearest pixel (halves up) and the Gaussian truncated to a square of 3 ``heatmap_std`` to each
+            side (HRNet), so that decoding cannot recover fractions of a pixel.
+        visible: ``(..., K)``, nonzero for existing joints; None: all.
+        dtype: floating dtype of the heatmaps; None: that of ``coords``.
 
     Returns:
-        ``(heatmaps, weights)``: ``(..., K, height, width)`` and ``(..., K)``, 1.0 where a Gaussian was drawn and 0.0
-        where the map is all zero: joints that aren't visible, aren't finite, or whose square of 3 ``heatmap_std`` lies
-        outside the map altogether.
+        ``(heatmaps, weights)`` of shapes ``(..., K, height, width)`` and ``(..., K)``. Weights are 0.0 for zero
+        heatmaps, otherwise 1.0; heatmaps are zero for joints that are not visible, not finite, or whose square of 3
+        ``heatmap_std`` lies outside the map.
 
     Raises:
-        TypeError: ``coords`` or ``visible`` that is no tensor, or a dtype that isn't floating.
-        ValueError: shapes that don't fit, a size below 1, ``heatmap_std`` that isn't positive.
+        TypeError: ``coords`` or ``visible`` is not a tensor, or a dtype is not floating.
+        ValueError: shapes do not match, a size is below 1, or ``heatmap_std`` is not positive.
 
     Sources: Sun et al., HRNet, CVPR 2019; Zhang et al., DARK, CVPR 2020.
     """
@@ -54,7 +67,7 @@ def encode_heatmaps(coords, height, width, *, heatmap_std=2.0, unbiased=True, vi
     nearest = torch.floor(center + 0.5)
     radius = 3 * heatmap_std
     size = torch.tensor([width, height], device=coords.device)
-    # Comparisons are false for NaN, so such joints drop out here.
+    # Comparisons with NaN are false, which excludes such joints.
     drawn = ((nearest + radius >= 0) & (nearest - radius < size) & center.isfinite()).all(-1)
     if visible is not None:
         drawn = drawn & (visible != 0)
@@ -68,24 +81,22 @@ def encode_heatmaps(coords, height, width, *, heatmap_std=2.0, unbiased=True, vi
     return heatmaps.to(dtype), drawn.to(dtype)
 
 
-def soft_argmax(heatmaps, *, beta=1.0, window=None):
-    r"""The mean pixel of each map under :math:`\mathrm{softmax}(\text{beta} \cdot h)`: differentiable decoding.
+def soft_argmax(heatmaps: torch.Tensor, *, beta: float = 1.0, window: int | None = None) -> torch.Tensor:
+    r"""Differentiable decoding: expected position under :math:`\mathrm{softmax}(\text{beta} \cdot h)`.
 
     Args:
-        heatmaps: ``(..., H, W)``, floating.
-        beta: inverse temperature, > 0; the larger, the closer to the argmax. Gaussian maps of height 1 want 10 to
-            100: with 1 the zeros around the peak outweigh it.
-        window: None takes the mean over the whole map; an odd number of pixels takes it over the square of that size
-            around the maximum (the first, if there are several), cut at the map's edge. The gradient is that of the
-            window held where it is.
+        heatmaps: ``(..., H, W)``, floating point.
+        beta: inverse temperature, > 0; the result approaches the arg-max as it grows. Gaussian heatmaps of height 1
+            need 10 to 100; with 1 the zeros around the peak dominate.
+        window: None: expectation over the whole map; an odd number of pixels: over the square of that size around the
+            first maximum, clipped to the map. The gradient treats the window as fixed.
 
     Returns:
-        ``(..., 2)`` (x, y) in heatmap pixels, in the dtype of ``heatmaps`` and differentiable. NaN where a map holds
-        NaN.
+        ``(..., 2)``, (x, y) in heatmap pixels, in the dtype of ``heatmaps``, differentiable. NaN for maps with NaN.
 
     Raises:
-        TypeError: no tensor, or a dtype that isn't floating.
-        ValueError: fewer than two axes, empty maps, ``beta`` that isn't positive, an even or non-positive ``window``.
+        TypeError: not a tensor, or not of a floating dtype.
+        ValueError: fewer than two axes, empty maps, ``beta`` not positive, ``window`` even or not positive.
 
     Sources: Sun et al., Integral Human Pose Regression, ECCV 2018; Luvizon et al., CVPR 2018.
     """
@@ -107,20 +118,20 @@ def soft_argmax(heatmaps, *, beta=1.0, window=None):
     return coords.to(heatmaps.dtype)
 
 
-def flip_back(heatmaps, flip_pairs, *, shift=False):
-    """Turns the heatmaps of a mirrored crop into those of the crop: mirrored along x, paired joints swapped.
+def flip_back(heatmaps: torch.Tensor, flip_pairs: Sequence[tuple[int, int]], *, shift: bool = False) -> torch.Tensor:
+    """Converts the heatmaps of a flipped crop to those of the crop: flipped along x, paired joints exchanged.
 
     Args:
         heatmaps: ``(..., K, H, W)``.
-        flip_pairs: pairs of joints that swap places in the mirror, such as left and right wrist; ``()`` for none.
-        shift: move the result one pixel to the right, column 0 staying where it is, as HRNet does for maps that were
-            trained with its misaligned mirror (its ``SHIFT_HEATMAP``).
+        flip_pairs: pairs of joints that change places in a flip, such as left and right wrist; ``()`` for none.
+        shift: shift the result one pixel to the right, keeping column 0, as HRNet does for its misaligned flip
+            (``SHIFT_HEATMAP``).
 
     Returns:
         A tensor of the same shape and dtype, differentiable.
 
     Raises:
-        TypeError: no tensor, or a dtype that isn't floating; pairs that aren't pairs of ints.
+        TypeError: not a tensor, or not of a floating dtype; pairs that are not pairs of ints.
         ValueError: fewer than three axes, empty maps, a joint out of range or in two pairs.
     """
     check_float_maps(heatmaps, "heatmaps", axes=3)

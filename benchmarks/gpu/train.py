@@ -1,12 +1,13 @@
-"""Trains the pose model on a packed data set with ``amil train``, in time, and brings back what is worth keeping.
+"""Trains the pose model on a crop archive with ``amil train`` within a time limit, and collects the results.
 
     python benchmarks/gpu/train.py --archive lspet.pack --out DIR --minutes 9 [--epochs 100] [--resume] [-- OPTIONS]
 
-What stands after ``--`` goes to ``amil train`` (``amil train --help``). The run's folder (``--run``) is outside DIR and
+Arguments after ``--`` are passed to ``amil train`` (see its ``--help``). The run folder (``--run``) is outside DIR and
 may be large; DIR receives the best generator in half precision, the history, the summary, curves and overlays, a few
-MB. When the time is over the run is asked to save and stop; ``--resume`` goes on in the same folder.
+MB. At the time limit the run saves a checkpoint and stops; ``--resume`` continues it from the same folder.
 
-The learning rate falls over --epochs, so these should fit the time: a first run with ``--epochs 2`` says how many do.
+The learning rate is scheduled over --epochs, which should therefore fit the time limit: a first run with ``--epochs 2``
+reports how many do.
 """
 
 import json
@@ -18,19 +19,21 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from harness import ROOT, Budget, Results, machine, open_device, parse, print_table
+from matplotlib.figure import Figure
 
-SAVING = 60.0  # seconds kept back for the last checkpoint and for copying
-LIMIT = 48 << 20  # bytes that DIR may receive
+from amil_fast.cli import main as amil
+from amil_fast.pose import PoseGenerator
+from amil_fast.pose.data.loader import PoseLoader
+from amil_fast.utils.files import read_json, write_json
+
+SAVING = 60.0  # seconds reserved for the last checkpoint and for copying
+LIMIT = 48 << 20  # maximum bytes written to DIR
 
 
 def drive(facts_file, arguments):
-    """``amil train`` in this process, with the time that it waits for batches measured around its loader."""
-    import torch
-
-    from amil_fast.cli import main as amil
-    from amil_fast.pose.data.loader import PoseLoader
-
+    """Runs ``amil train`` in this process and measures the time spent waiting for batches."""
     iterate, facts = PoseLoader.__iter__, {"waited_s": 0.0, "batches": 0}
 
     def timed(loader):
@@ -42,7 +45,7 @@ def drive(facts_file, arguments):
             except StopIteration:
                 return
             finally:
-                if loader.drop_last:  # the training loader, not that of the validation
+                if loader.drop_last:  # the training loader, not the validation loader
                     facts["waited_s"] += time.perf_counter() - start
                     facts["batches"] += 1
             yield batch
@@ -55,7 +58,7 @@ def drive(facts_file, arguments):
         if torch.cuda.is_available():
             facts["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
             facts["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
-        Path(facts_file).write_text(json.dumps(facts))
+        write_json(facts_file, facts)
 
 
 def train_arguments(options, more):
@@ -73,7 +76,7 @@ def train_arguments(options, more):
         ]
     else:
         if options.archive is None:
-            raise SystemExit("--archive: expected a file written by `amil pack`")
+            raise SystemExit("--archive: expected a crop archive (`amil pack`), got none")
         arguments += ["--preset", options.preset, "--archive", str(options.archive), "--precision", "bf16"]
         arguments += ["--batch-size", "64", "--input-size", "256", "--checkpoint-minutes", "2"]
         arguments += ["--set", f"data.holdout={options.holdout}", "--set", "run.evaluate_every=5"]
@@ -81,7 +84,7 @@ def train_arguments(options, more):
 
 
 def run(options, budget, more):
-    """Runs the training; returns (exit status, whether it was asked to stop, seconds, facts of :func:`drive`)."""
+    """Runs the training; returns (exit status, whether the time limit stopped it, seconds, facts of :func:`drive`)."""
     facts_file = options.out / "facts.json"
     facts_file.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "drive", str(facts_file), *train_arguments(options, more)]
@@ -96,10 +99,10 @@ def run(options, budget, more):
             try:
                 status = process.wait(SAVING * 2 / 3)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # the processes that read images too
+                os.killpg(process.pid, signal.SIGKILL)  # including the data loader workers
                 process.wait()
-                status = "killed, it did not stop in time"
-    facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+                status = "killed, did not stop within the time limit"
+    facts = read_json(facts_file) if facts_file.is_file() else {}
     return status, stopped, time.monotonic() - start, facts
 
 
@@ -109,13 +112,9 @@ def read_history(folder):
 
 
 def draw_curves(history, path):
-    """Loss and score over the epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    """Plots loss and scores over the epochs."""
+    figure = Figure(figsize=(10, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
     left.plot([row["epoch"] for row in history], [row["heatmap"] for row in history])
     left.set(xlabel="epoch", ylabel="heatmap loss", yscale="log")
     for name in ("PCK@0.2", "PCKh@0.5"):
@@ -124,31 +123,25 @@ def draw_curves(history, path):
             right.plot([row["epoch"] for row in rows], [row[name] for row in rows], marker="o", label=name)
             right.legend()
     right.set(xlabel="epoch", ylabel="%")
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
-def bring_back(options, history):
-    """Copies what is worth keeping to --out; returns the names of what was left out for its size."""
-    import torch
-
-    from amil_fast.pose import PoseGenerator
-
+def collect(options, history):
+    """Copies the results to --out; returns the names of files omitted because of their size."""
     if (options.run / "best").is_dir():
         PoseGenerator.from_pretrained(options.run / "best").save_pretrained(options.out / "best", dtype=torch.float16)
     if history:
         draw_curves(history, options.out / "curves.png")
-    left_out = []
+    omitted = []
     for name in ("history.jsonl", "summary.json", "overlays.jpg"):
         source = options.run / name
         if source.is_file():
             used = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
             if used + source.stat().st_size > LIMIT:
-                left_out.append(name)
+                omitted.append(name)
             else:
                 shutil.copyfile(source, options.out / name)
-    return left_out
+    return omitted
 
 
 def main():
@@ -161,11 +154,11 @@ def main():
         arguments = arguments[: arguments.index("--")]
 
     def extend(parser):
-        parser.add_argument("--archive", type=Path, help="file written by `amil pack`")
+        parser.add_argument("--archive", type=Path, help="crop archive (`amil pack`)")
         parser.add_argument("--preset", default="lspet-small")
-        parser.add_argument("--holdout", type=int, default=500, help="people kept back for validation, the last ones")
+        parser.add_argument("--holdout", type=int, default=500, help="number of last people held out for validation")
         parser.add_argument("--epochs", type=int, default=100)
-        parser.add_argument("--run", type=Path, default=ROOT / "runs" / "gpu", help="the run's folder (large)")
+        parser.add_argument("--run", type=Path, default=ROOT / "runs" / "gpu", help="run folder (large)")
         parser.add_argument("--resume", action="store_true")
 
     options = parse(__doc__.splitlines()[0], arguments, minutes=9.0, extend=extend)
@@ -174,14 +167,14 @@ def main():
         options.epochs, options.run = 2, options.out / "run"
         if not options.resume:
             shutil.rmtree(options.run, ignore_errors=True)
-    # The absolute path is that of this process's working directory, not of the project's root.
+    # Relative to the working directory of this process; the training runs in the root of the project.
     options.run, options.out = options.run.resolve(), options.out.resolve()
     options.archive = options.archive and options.archive.resolve()
     results = Results(options, "train", {"machine": machine(open_device(options)), "minutes": options.minutes})
     status, stopped, seconds, facts = run(options, budget, more)
     history = read_history(options.run)
-    left_out = bring_back(options, history)
-    rates = [row["images/s"] for row in history[1:] or history]  # the first epoch warms up
+    omitted = collect(options, history)
+    rates = [row["images/s"] for row in history[1:] or history]  # the first epoch is a warm-up
     rate = sum(rates) / len(rates) if rates else None
     trained = history[-1]["seconds"] if history else None
     epoch_seconds = seconds / len(history) if history else None
@@ -194,7 +187,7 @@ def main():
         "images_per_s": rate,
         "waiting_for_data": facts.get("waited_s", 0.0) / trained if trained and facts else None,
         "epochs_that_fit": int((60 * options.minutes - SAVING) / epoch_seconds) if epoch_seconds else None,
-        "left_out": left_out,
+        "omitted": omitted,
         **facts,
         "history": history,
     }
@@ -213,10 +206,10 @@ def main():
     print_table(scored[-25:], columns, "training" + (" (dry run)" if options.dry_run else ""))
     data = results.data
     share = data["waiting_for_data"]
-    print(f"status {status}{', stopped for time' if stopped else ''}; {len(history)} epochs in {seconds:.0f} s;"
+    print(f"status {status}{', time limit reached' if stopped else ''}; {len(history)} epochs in {seconds:.0f} s;"
           f" images/s: {'-' if rate is None else f'{rate:.0f}'};"
           f" waiting for data: {'not measured' if share is None else f'{share:.1%}'};"
-          f" GPU memory at its peak: {data.get('peak_allocated_bytes', 0) / 2**30:.1f} GiB;"
+          f" peak GPU memory: {data.get('peak_allocated_bytes', 0) / 2**30:.1f} GiB;"
           f" epochs that fit {options.minutes:g} minutes: {data['epochs_that_fit']}")  # fmt: skip
     return 0 if status in (0, 130) and history else 1
 

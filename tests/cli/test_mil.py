@@ -63,7 +63,7 @@ def test_cv_quiet(bag_file):
     [
         (("--pooling", "median"), "pooling: expected one of adjust, mean"),
         (("--epochs", 0), "epochs: expected at least 1, got 0"),
-        (("--backend", "triton"), "backend 'triton' can't serve this call"),
+        (("--backend", "triton"), "backend 'triton' cannot serve this call"),
     ],
 )
 def test_cv_bad_options(bag_file, args, message, monkeypatch):

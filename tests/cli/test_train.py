@@ -1,4 +1,4 @@
-"""``amil train`` from the outside: options, exit codes, kill -9 and going on."""
+"""``amil train``: options, exit codes, SIGKILL and resume."""
 
 import json
 import os
@@ -12,15 +12,14 @@ import pytest
 import torch
 
 from amil_fast.pose.inference.predictor import load_model
-from amil_fast.pose.training import checkpoints
-from amil_fast.pose.training.trainer import PoseTraining
+from amil_fast.pose.training import PoseTraining, checkpoints
 from tests.cli.helpers import amil
 from tests.pose.training_runs import TINY, one_thread  # noqa: F401 (one_thread is a fixture)
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A configuration file, as another run would have left it."""
+    """The configuration file of another run."""
     (tmp_path / "tiny.json").write_text(json.dumps(TINY.to_dict()))
     return tmp_path / "tiny.json"
 
@@ -41,22 +40,22 @@ def test_train_options_and_networks(tiny, tmp_path):
     for text in ("epoch 1/1  loss ", "best generator, PCK@0.2: mean ", "wrist ", "written: "):
         assert text in run.output
     assert load_model(out / "best").config["pooling"] == "mean"
-    # The network of one run starts another, which has no discriminator.
+    # A generator initializes another run, without a discriminator.
     run = amil(
         "train", "--config", tiny, "--out", tmp_path / "two", "--init", out / "best", "--no-adversarial", "--epochs", 1
     )
     assert run.exit_code == 0, run.output
-    assert f"started from {out / 'best'}: " in run.output and "  not used: blocks.1.score.weight" in run.output
+    assert f"initialized from {out / 'best'}: " in run.output and "  not used: blocks.1.score.weight" in run.output
     assert config_of(tmp_path / "two")["discriminator"] is None and "fake" not in run.output
 
 
-def test_resume_keeps_the_settings_it_was_started_with(tiny, tmp_path):
+def test_resume_keeps_the_settings_of_the_run(tiny, tmp_path):
     out = tmp_path / "run"
     assert amil("train", "--config", tiny, "--out", out, "--epochs", 1, "--lr", "3e-4").exit_code == 0
     again = amil("train", "--config", tiny, "--out", out)
-    assert again.exit_code == 2 and "holds a training run already; go on with --resume" in again.output
+    assert again.exit_code == 2 and "already contains a training run; pass --resume" in again.output
     more = amil("train", "--out", out, "--resume", "--epochs", 2)
-    assert more.exit_code == 0 and "going on after step 3, in epoch 2" in more.output
+    assert more.exit_code == 0 and "resuming after step 3, in epoch 2" in more.output
     assert config_of(out)["optimizer"]["lr"] == 3e-4 and config_of(out)["generator"] == TINY.to_dict()["generator"]
 
 
@@ -70,16 +69,16 @@ def test_resume_keeps_the_settings_it_was_started_with(tiny, tmp_path):
         ),
         (("--preset", "demo", "--set", "generator.blocks"), "--set: expected section.key=value"),
         (("--preset", "demo", "--pooling", "median"), "pooling"),
-        (("--preset", "lspet-small"), "data.root: 'lspet' needs its folder (--root), or --archive"),
+        (("--preset", "lspet-small"), "data.root: 'lspet' requires the data set's folder (--root) or --archive"),
         (("--preset", "lspet-small", "--root", "nowhere"), "joints.mat: no such file"),
         (("--preset", "lspet-small", "--archive", "nothing.pack"), "nothing.pack: no such file"),
-        (("--preset", "demo", "--precision", "fp16"), "run.precision: fp16 needs a GPU"),
+        (("--preset", "demo", "--precision", "fp16"), "run.precision: fp16 requires a GPU"),
         (("--preset", "demo", "--init", "nowhere"), "nowhere: expected a folder with model.safetensors"),
         (("--preset", "demo", "--config", "x.json"), "expected --preset or --config, got both"),
         (("--config", "nowhere.json"), "nowhere.json"),
     ],
 )
-def test_refused(tmp_path, monkeypatch, args, message):
+def test_errors(tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     run = amil("train", "--out", tmp_path / "out", *args)
     assert run.exit_code == 2 and message in run.output and "Traceback" not in run.output
@@ -87,21 +86,22 @@ def test_refused(tmp_path, monkeypatch, args, message):
 
 
 def test_interrupt_is_exit_code_130(tiny, tmp_path, monkeypatch):
-    after = PoseTraining._after_step
+    train_step = PoseTraining.train_step
 
-    def kill(self):
-        if self.step == 2:
+    def interrupted_step(self, parts):
+        terms = train_step(self, parts)
+        if self.progress.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        after(self)
+        return terms
 
-    monkeypatch.setattr(PoseTraining, "_after_step", kill)
+    monkeypatch.setattr(PoseTraining, "train_step", interrupted_step)
     run = amil("train", "--config", tiny, "--out", tmp_path / "run")
     assert run.exit_code == 130 and "SIGINT: stopped after step 2" in run.output
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_process_ends(tiny, tmp_path, which):
-    """With workers at work, and from outside: it saves, and is gone."""
+def test_an_interrupted_process_saves_and_ends(tiny, tmp_path, which):
+    """A signal from another process, while loader workers run."""
     command = [sys.executable, "-m", "amil_fast.cli", "train", "--config", str(tiny), "--out", str(tmp_path / "run")]
     command += ["--epochs", "1000", "--workers", "2", "--set", "run.checkpoint_steps=1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -118,7 +118,7 @@ def test_an_interrupted_process_ends(tiny, tmp_path, which):
 
 
 def test_killed_and_resumed(tiny, tmp_path):
-    """kill -9 at a random moment, twice; what is left is whole, and the end is that of a run that was let be."""
+    """Two SIGKILLs at random moments: checkpoints are complete, and the result equals that of an uninterrupted run."""
     settings = ("--config", tiny, "--epochs", 25, "--workers", 1, "--set", "run.checkpoint_steps=1")
     settings += ("--set", "run.evaluate_every=10", "--set", "data.augmentation=default")
     command = [sys.executable, "-m", "amil_fast.cli", "train", *map(str, settings), "--resume", "--out"]
@@ -140,9 +140,9 @@ def test_killed_and_resumed(tiny, tmp_path):
     assert 0 < reached[0] < reached[1] < 75
     end = amil("train", *settings, "--resume", "--out", out)
     assert end.exit_code == 0, end.output
-    assert f"going on after step {reached[1]}" in end.output
-    assert amil("train", *settings, "--out", tmp_path / "let be").exit_code == 0
-    states = [checkpoints.load_state(folder / "last") for folder in (out, tmp_path / "let be")]
+    assert f"resuming after step {reached[1]}" in end.output
+    assert amil("train", *settings, "--out", tmp_path / "uninterrupted").exit_code == 0
+    states = [checkpoints.load_state(folder / "last") for folder in (out, tmp_path / "uninterrupted")]
     (one, facts), (two, _) = states
     assert facts["step"] == 75 and one.keys() == two.keys()
     assert not [name for name in one if not torch.equal(one[name], two[name])]

@@ -216,3 +216,18 @@ def test_errors():
     with pytest.raises(ValueError, match=r"lengths: expected values in 0\.\.2"):
         MeanPool()(torch.zeros(1, 2, 3), lengths=torch.tensor([3]))
     assert isinstance(make_pooling(lambda features: LogSumExpPool(features), 5), LogSumExpPool)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_iters": -1}, ValueError, "num_iters: expected an int of at least 1, got -1"),
+        ({"num_iters": 0}, ValueError, "num_iters: expected an int of at least 1, got 0"),
+        ({"num_iters": 2.0}, TypeError, "num_iters: expected an int, got float"),
+        ({"num_iters": True}, TypeError, "num_iters: expected an int, got bool"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'reference', 'cpp', 'triton', got 'cuda'"),
+    ],
+)
+def test_adjust_pool_is_validated_at_construction(arguments, error, message):
+    with pytest.raises(error, match=message):
+        AdjustPool(**arguments)

@@ -1,4 +1,4 @@
-"""Bags to pool, heatmaps to decode, memory layouts, and how far two correct decodings may differ."""
+"""Helpers of the operator tests: random bags and heatmaps, memory layouts, and error bounds for decoding."""
 
 import itertools
 
@@ -15,13 +15,13 @@ LAYOUTS = ("contiguous", "channels_last", "row_gaps", "every_second_column", "tr
 
 
 def random_bags(B, N, D, seed=0, dtype=torch.float64):
-    """Instances whose logits spread over a few units, so that the weights are neither uniform nor one-hot."""
+    """Returns instances whose logits span a few units, so that the weights are neither uniform nor one-hot."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(B, N, D, generator=generator, dtype=torch.float64) * 2 / D**0.5).to(dtype)
 
 
 def make_maps(kind, shape, seed=0, dtype=torch.float32):
-    """Heatmaps ``(B, K, H, W)`` of one of the KINDS."""
+    """Returns heatmaps ``(B, K, H, W)`` of one of the ``KINDS``."""
     B, K, H, W = shape
     g = torch.Generator().manual_seed(seed)
     random = torch.rand(shape, generator=g)
@@ -35,7 +35,7 @@ def make_maps(kind, shape, seed=0, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype)
     if kind == "negative":
         return (-random - 0.1).to(dtype)
-    if kind == "spike":  # one pixel: all around it is 0, and stays it after a small blur
+    if kind == "spike":  # a single pixel: its surroundings are 0, and most remain 0 after a small blur
         maps = torch.zeros(B, K, H * W)
         index = torch.randint(H * W, (B, K, 1), generator=g)
         return maps.scatter(2, index, 1.0).reshape(shape).to(dtype)
@@ -47,12 +47,12 @@ def make_maps(kind, shape, seed=0, dtype=torch.float32):
     maps = torch.exp(-(d_y.square()[..., :, None] + d_x.square()[..., None, :]) / 8)
     if kind == "noisy":
         maps = maps + 0.1 * (random - 0.5)
-    low, high = {"tiny": (3e-4, 3e-3), "large": (20, 300)}.get(kind, (0.3, 1))  # about where UDP's clamps lie
+    low, high = {"tiny": (3e-4, 3e-3), "large": (20, 300)}.get(kind, (0.3, 1))  # close to UDP's clamping bounds
     return (maps * torch.empty(B, K, 1, 1).uniform_(low, high, generator=g)).to(dtype)
 
 
 def lay_out(maps, layout):
-    """The same values, in another place in memory."""
+    """Returns the values of ``maps`` in the given memory layout."""
     B, K, H, W = maps.shape
     if layout == "channels_last":
         return maps.contiguous(memory_format=torch.channels_last)
@@ -66,15 +66,15 @@ def lay_out(maps, layout):
         return wide[..., ::2]
     if layout == "transposed":
         return maps.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
-    if layout == "flipped_view":  # an odd offset, so no 16-byte alignment
+    if layout == "flipped_view":  # an odd storage offset, hence no 16-byte alignment
         return torch.cat([maps.new_full((1,), torch.nan), maps.flatten()])[1:].view(maps.shape)
-    if layout == "expanded":  # all joints share the first one's memory
+    if layout == "expanded":  # all joints share the memory of the first
         return maps[:, :1].expand(B, K, H, W)
     return maps.contiguous()
 
 
 def make_transform(name, B, seed=0):
-    """Arguments of decode_heatmaps for one of "none", "box", "affine"."""
+    """Returns the transform arguments of ``decode_heatmaps`` for "none", "box" or "affine"."""
     g = torch.Generator().manual_seed(seed)
     if name == "box":
         center, scale = torch.rand(B, 2, generator=g) * 500, torch.rand(B, 2, generator=g) + 0.5
@@ -85,7 +85,7 @@ def make_transform(name, B, seed=0):
 
 
 def averaged(maps, flipped=None, swap=None, shift_flipped=False):
-    """The maps as decoding sees them, float32 or float64."""
+    """Returns the maps to be decoded: float32 or float64, averaged with ``flipped`` if given."""
     maps = maps if maps.dtype == torch.float64 else maps.float()
     if flipped is None:
         return maps
@@ -93,11 +93,11 @@ def averaged(maps, flipped=None, swap=None, shift_flipped=False):
 
 
 def allowed_error(maps, refine, blur_kernel):
-    """How far, in heatmap pixels, a refined position may be from the one computed in float64: ``(B, K)``.
+    """Bounds the error of refined positions against float64, in heatmap pixels: ``(B, K)``.
 
-    The blur sums ``blur(|h|)`` with a relative error of some units of rounding, so log B is off by about
+    The blur accumulates ``blur(|h|)`` with a relative error of a few eps, so that the error of log B is about
     eps blur(|h|) / B; a Newton step -H⁻¹ g turns an error d of the logarithms into about ‖H⁻¹‖ (1 + 4 ‖step‖) d.
-    A clamped value has no error. Infinite where all that says nothing: a flat peak, whose position is anybody's guess.
+    Clamped values have no error. The bound is infinite for flat peaks, whose position is ill-conditioned.
     """
     B, K, H, W = maps.shape
     if refine not in ("dark", "dark_udp"):
@@ -141,7 +141,7 @@ def allowed_error(maps, refine, blur_kernel):
 
 
 def assert_same(actual, expected, allowed, what=""):
-    """Scores equal, coordinates within ``allowed (B, K)``, NaN in the same places."""
+    """Asserts equal scores, coordinates within ``allowed (B, K)``, and NaN in the same positions."""
     (coords, scores), (expected_coords, expected_scores) = actual, expected
     assert coords.dtype == scores.dtype == torch.float32
     assert coords.is_contiguous() and scores.is_contiguous()

@@ -1,4 +1,4 @@
-"""adjust_pool on a GPU: what the interpreter can't show. Run with ``pytest -m gpu`` on a machine with a CUDA device."""
+"""adjust_pool on a CUDA device: sizes, streams, graphs and compilation, which the interpreter does not cover."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from amil_fast.kernels import adjust_pool_launch
 from tests.helpers import assert_as_accurate, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-# (B, N, D) or, packed, lengths and D; each with the strategy it is meant for on a large GPU
+# Padded bags (B, N, D), named after the strategy that they take on a large GPU.
 SHAPES = {
     "tiny bags": (5000, 6, 16),
     "one element": (3, 1, 1),
@@ -25,14 +25,14 @@ SHAPES = {
     "split, long": (1, 100_000, 512),
     "split, wide": (2, 3001, 4096),
 }
+# Lengths of packed bags.
 LENGTHS = {
     "short, few long": [64] * 500 + [0, 1, 5000] + [30] * 500 + [200_000],
     "1 to 200,000": [1, 0, 3, 200, 777, 20_000, 64, 0, 0, 1500, 200_000, 257, 256, 255],
     "all equal": [64] * 1000,
 }
 
-
-# What serves them on a GPU of 100 to 150 multiprocessors in 4 bytes per element: forward, backward.
+# Strategies (forward, backward) on a GPU with 100 to 150 multiprocessors, for elements of 4 bytes.
 STRATEGIES = {
     "tiny bags": ("tiny", "tiny"),
     "one element": ("on chip", "on chip"),
@@ -51,7 +51,7 @@ STRATEGIES = {
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Memory that torch hands out uninitialized holds NaN: whatever a kernel forgets to write shows."""
+    """Fills uninitialized memory with NaN, which exposes elements that a kernel does not write."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -80,7 +80,7 @@ def packed(lengths, D, dtype, seed=0):
 
 
 def both_passes(f, where, backend, g, v, **options):
-    """``(bag, weights, gradient)``; everything on f's device."""
+    """``(bag, weights, gradient)``; all tensors on the device of ``f``."""
     f = f.detach().requires_grad_()
     bag, w = adjust_pool(f, **where, return_weights=True, backend=backend, **options)
     outputs, grads = [bag], [g]
@@ -91,7 +91,7 @@ def both_passes(f, where, backend, g, v, **options):
 
 
 def check(f, where, **options):
-    """Triton on the GPU against float64 on the CPU, its error held against the reference's in the same dtype there."""
+    """Compares Triton on the GPU with float64 on the CPU, relative to the error of the reference in the same dtype."""
     B = where["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in where else f.shape[0]
     accumulation = torch.float64 if f.dtype == torch.float64 else torch.float32
     g = torch.randn(B, f.shape[-1], dtype=torch.float64).to(f.dtype)
@@ -116,17 +116,17 @@ def strategy(plan):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_is_taken(name):
-    """The cases of this file take the strategies that they are there for."""
+    """The cases of this file take the strategies listed in STRATEGIES."""
     if not 100 <= torch.cuda.get_device_properties(0).multi_processor_count <= 150:
-        pytest.skip("the cases are chosen for a GPU of 100 to 150 multiprocessors")
+        pytest.skip("the strategies are listed for a GPU with 100 to 150 multiprocessors")
     f, where = (
         padded(SHAPES[name], torch.float32, "full") if name in SHAPES else packed(LENGTHS[name], 64, torch.float32)
     )
-    bags = adjust_pool_launch._Bags(f.cuda(), None, None, where["cu_seqlens"].cuda() if where else None)
+    bags = adjust_pool_launch.KernelBags(f.cuda(), None, None, where["cu_seqlens"].cuda() if where else None)
     assert tuple(strategy(bags.plan(backward)) for backward in (False, True)) == STRATEGIES[name]
 
 
-def test_the_reference_runs_on_the_gpu_too():
+def test_reference_on_the_gpu():
     """backend="reference" on CUDA tensors, padded and packed, against float64 on the CPU."""
     for f, where in (padded((7, 50, 24), torch.float32, "mask"), packed([3, 0, 90, 1], 24, torch.float32)):
         B = where["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in where else f.shape[0]
@@ -160,7 +160,7 @@ def test_iterations(shape, num_iters, detach_routing):
 
 
 def test_offsets_beyond_32_bits():
-    """2.3e9 elements in bfloat16: the last bag must be the same as on its own."""
+    """2.3e9 elements in bfloat16: the last bag equals the same bag pooled alone."""
     B, N, D = 1100, 1000, 2100
     free, _ = torch.cuda.mem_get_info()
     if free < 16e9:
@@ -185,7 +185,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_one_bag_beyond_32_bits():
-    """One bag of 2.3e9 elements: 9 copies of a smaller bag pool to the same vector, with a ninth of its gradient."""
+    """One bag of 2.3e9 elements: 9 copies of a smaller bag pool to the same vector, with 1/9 of its gradient."""
     rows, D, times = 250_000, 1024, 9
     free, _ = torch.cuda.mem_get_info()
     if free < 16e9:
@@ -206,8 +206,8 @@ def test_one_bag_beyond_32_bits():
 
 @pytest.mark.parametrize("name", ["split", "1 to 200,000"])
 def test_partial_results_under_contention(name):
-    """A hundred runs beside another stream that keeps the GPU busy, all the same bits: what the programs of a split bag
-    hand each other through memory arrives whatever the order in which they run.
+    """100 runs concurrent with work on another stream are bit-identical: the exchange of partial results through global
+    memory does not depend on the order in which the programs of a split bag run.
     """
     f, where = (
         padded(SHAPES[name], torch.float32, "full") if name in SHAPES else packed(LENGTHS[name], 64, torch.float32)
@@ -228,7 +228,7 @@ def test_partial_results_under_contention(name):
 
 
 def test_runs_on_the_current_stream():
-    """Work ahead on a stream delays ours on it; on any other stream the instances would still be zero."""
+    """Kernels run on the current stream, after pending work; on any other stream the instances would still be zero."""
     f, _ = padded(SHAPES["split"], torch.float32, "full")
     f = f.cuda()
     g, v = torch.randn(f.shape[0], f.shape[-1], device="cuda"), torch.randn(f.shape[:-1], device="cuda")
@@ -253,9 +253,7 @@ CAPTURED = [
 
 @pytest.mark.parametrize("make", CAPTURED, ids=["on chip", "split", "packed"])
 def test_no_synchronization_graph_and_stream(make):
-    """Runs without waiting for the device, on a stream of its own, and in a CUDA graph, with the same bits each
-    time.
-    """
+    """No host synchronization; bit-identical results on a side stream and in a CUDA graph."""
     f, where = make()
     f, where = f.cuda(), {k: x.cuda() for k, x in where.items()}
     B = where["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in where else f.shape[0]
@@ -288,7 +286,7 @@ def test_no_synchronization_graph_and_stream(make):
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
-    f.mul_(0.5)  # the graph reads what stands there when it is replayed
+    f.mul_(0.5)  # a replay reads the current content
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, passes(), strict=True))
@@ -296,7 +294,7 @@ def test_no_synchronization_graph_and_stream(make):
 
 
 def test_autocast():
-    """The operator computes in the dtype of its input, under autocast too."""
+    """The operator computes in the dtype of its input under autocast too."""
     f, where = padded(SHAPES["on chip"], torch.float32, "mask")
     f, where = f.cuda(), {k: x.cuda() for k, x in where.items()}
     expected = adjust_pool(f, **where, backend="triton")
@@ -342,7 +340,7 @@ def test_opcheck():
 
 
 def test_distributed_data_parallel(tmp_path):
-    """One rank: gradients through DistributedDataParallel are those without it."""
+    """One rank: DistributedDataParallel leaves the gradients unchanged."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), AdjustPool(), torch.nn.Linear(32, 2)).cuda()
     x = torch.randn(4, 50, 16, device="cuda")

@@ -1,4 +1,4 @@
-"""torch.ops.amil_fast.adjust_pool under opcheck, compile, export, fake tensors, autocast, functorch and DDP."""
+"""torch.ops.amil_fast.adjust_pool under opcheck, torch.compile, export, fake tensors, autocast, functorch and DDP."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BACKWARD = torch.ops.amil_fast.adjust_pool_backward.default
 
 
 def operator_calls():
-    """Arguments of the registered operator, by name."""
+    """Returns named argument tuples of the registered operator."""
     x = random_bags(3, 7, 5, dtype=torch.float32)
     mask = torch.tensor([[True] * 7, [False] * 7, [True, False] * 3 + [True]])
     lengths = torch.tensor([7, 0, 3])
@@ -40,8 +40,8 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("name", operator_calls())
-def test_the_operator_and_the_function_agree(name):
-    """The public function calls the operator's parts without the dispatcher; the results are the same to the bit."""
+def test_function_matches_operator(name):
+    """The public function, which bypasses the dispatcher, returns bit-identical results."""
     x, mask, lengths, cu_seqlens, num_iters, _, detach_routing, backend = operator_calls()[name]
     options = {"lengths": lengths, "cu_seqlens": cu_seqlens, "num_iters": num_iters, "detach_routing": detach_routing}
     results = []
@@ -119,8 +119,8 @@ def test_fake_tensors():
     assert weights.shape == (3, 7) and weights.dtype == torch.float32
 
 
-def test_autocast_changes_nothing():
-    """The pooling takes its sums in float32 whatever autocast says, and returns the dtype it was given."""
+def test_autocast_has_no_effect():
+    """Pooling accumulates in float32 also under autocast and returns the dtype of its input."""
     x = random_bags(2, 9, 16, dtype=torch.float32)
     expected = {backend: adjust_pool(x, backend=backend) for backend in ("cpp", "reference")}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -131,7 +131,7 @@ def test_autocast_changes_nothing():
 
 
 def test_gradient_penalty():
-    """A gradient with create_graph=True can be differentiated, through the reference's formula."""
+    """Gradients taken with create_graph=True are differentiable; the second derivative comes from the reference."""
     penalties = []
     for backend in ("cpp", "reference"):
         x = random_bags(2, 6, 5).requires_grad_()
@@ -150,8 +150,8 @@ def test_no_grad_and_inference_mode():
         assert adjust_pool(x).shape == (2, 5)
 
 
-def test_functorch_is_served_by_the_reference_only():
-    """torch.func can't look into registered operators; it is told so, never answered wrongly."""
+def test_functorch_requires_reference_backend():
+    """torch.func can't transform the registered operator: an error is raised instead of a wrong result."""
     x = random_bags(2, 6, 5)
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: adjust_pool(x).sin().sum())(x)
@@ -172,7 +172,7 @@ def _ddp_worker(rank, folder):
 
 
 def test_ddp(tmp_path):
-    """Two processes with half the bags each have the gradient of one process with all of them."""
+    """Two processes with half of the bags each obtain the gradient of one process with all bags."""
     context = torch.multiprocessing.get_context("spawn")
     workers = [context.Process(target=_ddp_worker, args=(rank, tmp_path)) for rank in range(2)]
     for worker in workers:

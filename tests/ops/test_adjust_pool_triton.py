@@ -1,8 +1,7 @@
-"""The Triton kernels of adjust_pool against the reference: in Triton's interpreter, or on the GPU where there is one.
+"""Triton kernels of adjust pooling against the reference, on a CUDA device if available, else in the interpreter.
 
-The interpreter is slow, so sizes are small and odd, and the limits behind the plans are passed in, so that every
-strategy is taken at these sizes. What only a GPU can show (sizes, streams, graphs, speed of memory) is in
-test_adjust_pool_gpu.py.
+The interpreter is slow, so sizes are small and odd, and plans are passed explicitly, so that every strategy is taken at
+these sizes. Large sizes, streams and CUDA graphs are covered by test_adjust_pool_gpu.py.
 """
 
 import dataclasses
@@ -15,44 +14,51 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != 
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 pytest.importorskip("triton")
 
-from amil_fast.kernels.adjust_pool_config import Chunks, Limits, OnChip, Plan, next_power_of_2, pick_plan
+from amil_fast.kernels.adjust_pool_config import (
+    ChunkConfig,
+    OnChipConfig,
+    PlanLimits,
+    TritonPlan,
+    next_power_of_2,
+    pick_plan,
+)
 
 from amil_fast.kernels import adjust_pool_launch
 from amil_fast.ops.adjust_pool_reference import adjust_pool_reference
 from tests.helpers import assert_as_accurate, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK_N = 4  # rows of a tile: bags of 17 take five tiles, the last of one row
-GROUP = 2  # chunks merged at a time: 5 chunks take two levels
+BLOCK_N = 4  # rows of a tile: a bag of 17 takes five tiles, the last one with a single row
+GROUP = 2  # chunks merged by one program: 5 chunks take two levels
 
 
 def on_chip(rows, D, bags=1):
-    return OnChip(bags, next_power_of_2(rows), next_power_of_2(D), 2)
+    return OnChipConfig(bags, next_power_of_2(rows), next_power_of_2(D), 2)
 
 
 def chunks(D, chunk_rows, split, min_rows=-1, own_bags=1):
-    return Chunks(BLOCK_N, next_power_of_2(D), chunk_rows, min_rows, own_bags, split, GROUP, 2, 2, 128)
+    return ChunkConfig(BLOCK_N, next_power_of_2(D), chunk_rows, min_rows, own_bags, split, GROUP, 2, 2, 128)
 
 
-# name -> (plan for N rows of D features, the kernels that it launches forward and backward for T = 3 and T = 1)
+# name -> plan for N rows of D features
 PADDED_PLANS = {
-    "one bag": lambda N, D: Plan(on_chip(N, D), None),
-    "tiny bags": lambda N, D: Plan(on_chip(N, D, bags=2), None),
-    "stream": lambda N, D: Plan(None, chunks(D, N, split=False)),
-    "split": lambda N, D: Plan(None, chunks(D, 4, split=True)),
+    "one bag": lambda N, D: TritonPlan(on_chip(N, D), None),
+    "tiny bags": lambda N, D: TritonPlan(on_chip(N, D, bags=2), None),
+    "stream": lambda N, D: TritonPlan(None, chunks(D, N, split=False)),
+    "split": lambda N, D: TritonPlan(None, chunks(D, 4, split=True)),
 }
 PACKED_PLANS = {
-    "on chip": lambda N, D: Plan(on_chip(N, D), None),
-    "chunks": lambda N, D: Plan(None, chunks(D, 3, split=True)),
-    "short chunks": lambda N, D: Plan(None, chunks(D, 2, split=True)),
-    "long chunks": lambda N, D: Plan(None, chunks(D, N, split=False)),
-    "mixed": lambda N, D: Plan(on_chip(4, D, bags=2), chunks(D, 7, split=True, min_rows=4, own_bags=3)),
+    "on chip": lambda N, D: TritonPlan(on_chip(N, D), None),
+    "chunks": lambda N, D: TritonPlan(None, chunks(D, 3, split=True)),
+    "short chunks": lambda N, D: TritonPlan(None, chunks(D, 2, split=True)),
+    "long chunks": lambda N, D: TritonPlan(None, chunks(D, N, split=False)),
+    "mixed": lambda N, D: TritonPlan(on_chip(4, D, bags=2), chunks(D, 7, split=True, min_rows=4, own_bags=3)),
 }
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Memory that torch hands out uninitialized holds NaN: whatever a kernel forgets to write shows."""
+    """Fills uninitialized memory with NaN (integers: -1), which exposes elements that a kernel does not write."""
     empty, empty_like = torch.empty, torch.empty_like
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(empty(*a, **k)))
@@ -65,7 +71,7 @@ def _poison(tensor):
 
 
 def bags(form, dtype=torch.float64, D=7, seed=0):
-    """Instances ``(3, 17, D)`` or ``(43, D)`` and the keyword that says which are real; padding holds NaN."""
+    """Instances ``(3, 17, D)`` or ``(43, D)`` and the mask, lengths or cu_seqlens; padding contains NaN."""
     generator = torch.Generator().manual_seed(seed)
     where = dict.fromkeys(("mask", "lengths", "cu_seqlens"))
     if form == "packed":
@@ -167,7 +173,7 @@ def test_features(name, D):
 @pytest.mark.parametrize(
     ("form", "name"), [("full", "one bag"), ("full", "stream"), ("lengths", "split"), ("packed", "mixed")]
 )
-def test_one_gradient_alone(form, name, which):
+def test_single_upstream_gradient(form, name, which):
     f, where = bags(form)
     g, v = upstream(f, where)
     plan = make_plan(form, name, f)
@@ -179,7 +185,7 @@ def test_one_gradient_alone(form, name, which):
 
 
 def strided(f, how):
-    """The same values under other strides."""
+    """Copy of ``f`` with other strides."""
     if how == "row stride 24":
         other = f.new_zeros(*f.shape[:-1], 24)[..., : f.shape[-1]]
     elif how == "features not contiguous":
@@ -217,11 +223,11 @@ def test_strides(form, name, how):
 
 
 def test_expanded_instances():
-    """A bag that all samples of a batch share, without a copy: stride 0."""
+    """One bag expanded over the batch: stride 0."""
     f = torch.randn(1, 5, 7, dtype=torch.float64, device=DEVICE).expand(3, 5, 7)
     where = dict.fromkeys(("mask", "lengths", "cu_seqlens"))
     g, v = upstream(f, where)
-    actual = run(f, where, 3, False, g, v, Plan(on_chip(5, 7), None))
+    actual = run(f, where, 3, False, g, v, TritonPlan(on_chip(5, 7), None))
     for a, b in zip(actual, reference(f.contiguous(), where, 3, False, g, v), strict=True):
         assert relative_error(a, b) < 1e-13
 
@@ -238,7 +244,7 @@ def test_bit_equal_repeats(form, name):
 
 
 @pytest.mark.parametrize("name", ["tiny bags", "stream", "split"])
-def test_neighbors_do_not_matter(name):
+def test_bags_are_independent(name):
     f, where = bags("lengths")
     g, v = upstream(f, where)
     plan = make_plan("lengths", name, f)
@@ -266,7 +272,7 @@ def test_permuting_a_bag(name):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 3)])
-def test_nothing_to_pool(shape):
+def test_empty_inputs(shape):
     f = torch.randn(shape, device=DEVICE)
     where = dict.fromkeys(("mask", "lengths", "cu_seqlens"))
     if len(shape) == 2:
@@ -313,7 +319,7 @@ def kernels(launches):
     ],
 )
 def test_launches(form, name, T, detach, forward, backward):
-    """Which kernels a plan launches: T launches for a split pass, and no sign of T x D work besides."""
+    """Kernels launched by each plan: a split pass takes T launches, every other one a single launch per kernel."""
     f, where = bags(form)
     g, v = upstream(f, where)
     plan = make_plan(form, name, f)
@@ -323,7 +329,7 @@ def test_launches(form, name, T, detach, forward, backward):
     assert kernels(launches) == backward
 
 
-SMALL = Limits(
+SMALL = PlanLimits(
     on_chip_warps=1, on_chip_forward=4, on_chip_backward=2, on_chip_typical=2, tiny_elements=64, chunk_elements=1,
     chunk_warps=1, chunk_block_n=4, chunks_per_multiprocessor=2, chunk_rows=5, group=2, own_bags=2,
 )  # fmt: skip
@@ -342,7 +348,7 @@ SMALL = Limits(
     ],
 )
 def test_pick_plan_takes_every_branch(packed, B, N, strategy):
-    """The plan is the one expected, and its kernels run with it and are right."""
+    """Each branch selects the expected strategy, and its kernels match the reference."""
     limits = dataclasses.replace(SMALL, stream_bags_per_multiprocessor=10)
     plans = [pick_plan(packed, B, N, 7, 4, backward, multiprocessors=2, limits=limits) for backward in (False, True)]
     plan = plans[0]
@@ -375,7 +381,7 @@ def test_pick_plan_takes_every_branch(packed, B, N, strategy):
     ("packed", "B", "N"), [(False, 1, 1), (False, 4096, 64), (False, 1, 10**6), (True, 64, 3 * 10**6)]
 )
 def test_plans_fit(packed, B, N, D, itemsize, backward):
-    """Tiles are powers of two that cover what they must, and no thread holds more than its registers."""
+    """Tiles cover the features and rows, and fit in registers."""
     plan = pick_plan(packed, B, N, D, itemsize, backward)
     words = 2 if itemsize == 8 else 1
     if plan.on_chip is not None:
@@ -393,7 +399,7 @@ def test_plans_fit(packed, B, N, D, itemsize, backward):
 
 
 def test_public_operator():
-    """Through the public function: registration, autograd and dtypes."""
+    """Public function: registration, autograd and dtypes."""
     from amil_fast import adjust_pool
 
     f, where = bags("lengths", torch.float32)

@@ -1,4 +1,4 @@
-"""Heatmap decoding against stored outputs of HRNet, DarkPose and mmpose: ../shared/vectors, described in its README."""
+"""Heatmap decoding against stored outputs of HRNet, DarkPose and mmpose (../shared/vectors, see its README)."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from amil_fast.ops.decode_heatmaps_reference import blur
 from tests.helpers import SHARED
 
 VECTORS = SHARED / "vectors" / "decode_public.npz"
-pytestmark = pytest.mark.skipif(not VECTORS.exists(), reason="../shared/vectors/decode_public.npz is not there")
+pytestmark = pytest.mark.skipif(not VECTORS.exists(), reason="../shared/vectors/decode_public.npz not found")
 
-ARGMAX, QUARTER, DARK, UDP = 0.0, 1e-5, 1e-3, 2e-3  # px in the heatmap
-# Stored array -> space, tolerance, arguments.
+ARGMAX, QUARTER, DARK, UDP = 0.0, 1e-5, 1e-3, 2e-3  # tolerances in heatmap pixels
+# Stored array -> (coordinate space, tolerance, arguments of decode_heatmaps).
 COORDINATES = {
     "hrnet_max_coords": ("heatmap", ARGMAX, {}),
     "darkpose_max_coords": ("heatmap", ARGMAX, {"convention": "darkpose"}),
@@ -55,7 +55,7 @@ def batch(vectors, prefix):
 
 
 def to_space(space, data):
-    """Arguments that take heatmap pixels to the space, and the number of its pixels per heatmap pixel, ``(B, 1)``."""
+    """Returns the transform from heatmap pixels to ``space`` as arguments, and its scale factors ``(B,)``."""
     B, _, H, W = data["heatmaps"].shape
     if space == "image":
         scale = torch.from_numpy(data["scale"])
@@ -82,14 +82,14 @@ def test_coordinates(vectors, prefix, name, backend):
 
     expected = torch.from_numpy(data[name])
     compared = torch.ones(expected.shape[:2], dtype=torch.bool)
-    if "udp" in name:  # the peer reads beyond the map there
+    if "udp" in name:  # mmpose reads out of bounds for maps without a positive maximum
         compared &= torch.from_numpy(data["mmpose_max_vals"] > 0)
-    if "k17" in name:  # of noise alone, a wide blur leaves nearly flat peaks: their offsets, up to 256 px, are rounding
+    if "k17" in name:  # a wide blur of pure noise leaves nearly flat peaks: offsets of up to 256 px are rounding error
         offset = (expected - torch.from_numpy(data["mmpose_max_locs"])).abs().amax(-1)
         compared &= (torch.from_numpy(data["kind"]) != 14) | (offset <= 2)
     difference = (coords.double() - expected.double()).abs().amax(-1)
     allowed = (tolerance * pixels)[:, None].expand_as(difference)
-    if space != "heatmap":  # two roundings of coordinates below 1024 to float32, by other formulas
+    if space != "heatmap":  # two float32 roundings of coordinates below 1024, by different formulas
         allowed = allowed + 1.3e-4
     assert (difference <= allowed)[compared].all(), f"off by up to {difference[compared].max():.2e}"
     assert compared.float().mean() > 0.9
@@ -106,20 +106,20 @@ def test_scores(vectors, prefix, name):
 
 @pytest.mark.parametrize("name", BLURRED)
 @pytest.mark.parametrize("prefix", ["a", "b"])
-def test_the_references_blur(vectors, prefix, name):
+def test_reference_blur(vectors, prefix, name):
     data = batch(vectors, prefix)
     h = torch.from_numpy(data["heatmaps"][:4]).double()
     blurred = blur(h, 11)
     rescaled = blurred * (h.amax((2, 3), keepdim=True) / blurred.amax((2, 3), keepdim=True))
-    peers = torch.from_numpy(data[name]).double()
-    compared = torch.from_numpy(data["kind"][:4] != 6)  # all-zero maps are NaN there
-    size = peers.abs().amax((2, 3), keepdim=True)
-    assert ((rescaled - peers).abs() <= 2e-6 * size)[compared].all()
+    expected = torch.from_numpy(data[name]).double()
+    compared = torch.from_numpy(data["kind"][:4] != 6)  # the stored arrays are NaN for all-zero maps
+    size = expected.abs().amax((2, 3), keepdim=True)
+    assert ((rescaled - expected).abs() <= 2e-6 * size)[compared].all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_mirror_average(vectors, backend):
-    """Maps, mirrored by hand and averaged back in, decode as they did; the shift moves the mirrored half by a pixel."""
+def test_flip_test(vectors, backend):
+    """Averaging with the exact flip changes nothing; ``shift_flipped`` shifts the flipped maps by one pixel."""
     data = batch(vectors, "a")
     h = torch.from_numpy(data["heatmaps"])
     pairs = [(1, 2), (3, 4), (5, 6), (15, 16)]

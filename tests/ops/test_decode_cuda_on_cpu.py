@@ -16,7 +16,9 @@ import torch
 
 from amil_fast import decode_heatmaps
 from amil_fast.ops.backends import native
-from amil_fast.ops.decode_heatmaps_native import _CONVENTION_CODES, _DTYPE_CODES, _REFINE_CODES
+from amil_fast.ops.bags import DTYPE_CODES
+from amil_fast.ops.decode_heatmaps_native import CONVENTIONS as CONVENTION_CODES
+from amil_fast.ops.decode_heatmaps_native import REFINEMENTS as REFINE_CODES
 from amil_fast.ops.flip import check_pairs
 from tests.ops.helpers import CONVENTIONS, DTYPES, LAYOUTS, REFINEMENTS, lay_out, make_maps, make_transform
 
@@ -61,8 +63,8 @@ def decode(
         return 0 if tensor is None else tensor.data_ptr()
 
     call = [*tensor_arguments(maps), *tensor_arguments(flipped), swap.data_ptr(), shift_flipped]
-    call += [_DTYPE_CODES[maps.dtype], B, K, H, W]
-    call += [_REFINE_CODES[refine], _CONVENTION_CODES[convention], blur_kernel]
+    call += [DTYPE_CODES[maps.dtype], B, K, H, W]
+    call += [REFINE_CODES[refine], CONVENTION_CODES[convention], blur_kernel]
     call += [*map(address, (center, scale, affine, coords, scores))]
     weights = native().blur_weights(blur_kernel)
     error = kernel((ctypes.c_int64 * len(call))(*call), (ctypes.c_double * len(weights))(*weights))

@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU: against the C++ backend, and what only a GPU can show."""
+"""CUDA backend on a GPU: equality with the C++ backend, streams, graphs, large offsets."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Memory that torch hands out uninitialized holds NaN: whatever the kernel forgets to write shows."""
+    """Fills uninitialized memory with NaN, which exposes elements that the kernel does not write."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -23,7 +23,7 @@ def poisoned_memory(monkeypatch):
 
 
 def on_gpu(arguments):
-    """The same tensors on the GPU, with the same strides and alignment."""
+    """Copies of the tensors on the GPU, with the same strides and alignment."""
 
     def move(value):
         if not isinstance(value, torch.Tensor):
@@ -54,7 +54,7 @@ def test_equals_the_cpu(kind, refine, dtype):
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 @pytest.mark.parametrize("flip", ["no", "plain", "shift"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts_mirrors_and_transforms(layout, flip, dtype):
+def test_layouts_flips_and_transforms(layout, flip, dtype):
     for refine, transform in (("dark", "box"), ("dark_udp", "affine"), ("quarter", "box"), ("none", "none")):
         maps = lay_out(make_maps("noisy", (3, 5, 40, 32), 1, dtype), layout)
         arguments = {"refine": refine, **make_transform(transform, 3)}
@@ -71,7 +71,7 @@ def call():
 
 
 @pytest.mark.parametrize("refine", REFINEMENTS)
-def test_the_reference_runs_on_the_gpu_too(refine):
+def test_reference_on_the_gpu(refine):
     maps = make_maps("noisy", (3, 5, 40, 32), 4)
     expected = decode_heatmaps(maps, refine=refine, backend="reference")
     actual = decode_heatmaps(maps.cuda(), refine=refine, backend="reference")
@@ -80,7 +80,7 @@ def test_the_reference_runs_on_the_gpu_too(refine):
 
 
 def test_bit_equal_repeats():
-    """Many maps, so that blocks run in another order each time."""
+    """Many maps, so that the order of blocks varies between runs."""
     maps = make_maps("noisy", (256, 17, 64, 48)).cuda()
     expected = decode_heatmaps(maps, refine="dark_udp")
     for _ in range(20):
@@ -89,7 +89,7 @@ def test_bit_equal_repeats():
 
 
 def test_autocast():
-    """Coordinates and scores stay float32, and the same."""
+    """Coordinates and scores are float32 and unchanged under autocast."""
     maps = make_maps("noisy", (3, 5, 40, 32)).cuda()
     expected = decode_heatmaps(maps, refine="dark")
     with torch.autocast("cuda", torch.bfloat16):
@@ -131,7 +131,7 @@ def test_runs_on_the_current_stream():
     maps = torch.zeros(64, 17, 64, 48, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # work ahead on this stream; on any other one the maps would still be zero
+        torch.cuda._sleep(100_000_000)  # pending work on this stream; on any other one the maps would still be zero
         maps[:, :, 20, 30] = 1.0
         coords, scores = decode_heatmaps(maps)
     stream.synchronize()

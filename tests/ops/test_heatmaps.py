@@ -1,4 +1,4 @@
-"""encode_heatmaps, soft_argmax and flip_back."""
+"""Tests of encode_heatmaps, soft_argmax and flip_back."""
 
 import math
 
@@ -14,7 +14,7 @@ from tests.ops.helpers import make_maps
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("heatmap_std", [1.0, 2.0, 3.5])
-def test_unbiased_gaussian_by_the_formula(dtype, heatmap_std):
+def test_unbiased_gaussian_matches_formula(dtype, heatmap_std):
     coords = torch.tensor([[[4.25, 7.5], [0.0, 10.0]]], dtype=dtype)
     maps, weights = encode_heatmaps(coords, 11, 9, heatmap_std=heatmap_std)
     assert maps.shape == (1, 2, 11, 9) and weights.shape == (1, 2) and maps.dtype == weights.dtype == dtype
@@ -27,8 +27,8 @@ def test_unbiased_gaussian_by_the_formula(dtype, heatmap_std):
     assert weights.tolist() == [[1, 1]]
 
 
-def test_biased_gaussian_is_hrnet_s():
-    """Center at the nearest pixel, halves up; nothing beyond 3 standard deviations to each side."""
+def test_biased_gaussian_matches_hrnet():
+    """The center is rounded to the nearest pixel, half up; values beyond 3 standard deviations along x or y are 0."""
     maps, _ = encode_heatmaps(torch.tensor([[[20.5, 30.49]]]), 64, 48, unbiased=False)
     assert maps[0, 0, 30, 21] == 1 and maps.max() == 1
     y, x = torch.nonzero(maps[0, 0], as_tuple=True)
@@ -37,7 +37,7 @@ def test_biased_gaussian_is_hrnet_s():
     assert maps[0, 0, 36, 27].item() == pytest.approx(math.exp(-(36 + 36) / 8))
 
 
-def test_joints_that_are_not_drawn():
+def test_joints_outside_the_map_or_invisible_are_not_encoded():
     nan, inf = math.nan, math.inf
     coords = torch.tensor(
         [[5.0, 5.0], [-7.0, 5.0], [-6.0, 5.0], [15.5, 5.0], [14.0, 5.0], [5.0, nan], [inf, 5.0], [5, 5]]
@@ -51,7 +51,7 @@ def test_joints_that_are_not_drawn():
 
 
 @pytest.mark.parametrize("refine", ["none", "quarter", "dark", "dark_udp"])
-def test_decoding_undoes_encoding(refine):
+def test_decoding_inverts_encoding(refine):
     coords = torch.rand(2, 17, 2) * 30 + 9
     maps, _ = encode_heatmaps(coords, 48, 48)
     error = (decode_heatmaps(maps, refine=refine)[0] - coords).abs().max()
@@ -72,7 +72,7 @@ def test_decoding_undoes_encoding(refine):
         (ValueError, r"visible: expected shape \(3,\)", (torch.zeros(3, 2), 4, 4, {"visible": torch.ones(3, 1)})),
     ],
 )
-def test_encoding_messages(error, message, arguments):
+def test_encode_heatmaps_error_messages(error, message, arguments):
     *positional, keywords = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
     with pytest.raises(error, match=message):
         encode_heatmaps(*positional, **keywords)
@@ -82,7 +82,7 @@ def test_encoding_messages(error, message, arguments):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
-def test_soft_argmax_by_hand(window):
+def test_soft_argmax_hand_computed(window):
     h = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]], dtype=torch.float64)
     weights = torch.exp(3 * h)
     if window == 1:
@@ -92,7 +92,7 @@ def test_soft_argmax_by_hand(window):
     assert soft_argmax(h, beta=3.0, window=window).tolist() == pytest.approx(expected)
 
 
-def test_the_window_keeps_distant_pixels_out():
+def test_soft_argmax_window_excludes_distant_pixels():
     maps, _ = encode_heatmaps(torch.tensor([[[10.3, 20.6]]]), 48, 40)
     second, _ = encode_heatmaps(torch.tensor([[[33.0, 40.0]]]), 48, 40)
     both = maps + 0.9 * second
@@ -129,7 +129,7 @@ def test_soft_argmax_accumulates_in_float32(dtype):
     assert ((coords.double() - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-4).all()
 
 
-def test_soft_argmax_of_nan():
+def test_soft_argmax_propagates_nan():
     maps = make_maps("noisy", (1, 2, 9, 9))
     maps[0, 1, 8, 8] = math.nan
     for window in (None, 3):
@@ -148,7 +148,7 @@ def test_soft_argmax_of_nan():
         (ValueError, "window: expected None or an odd number of pixels, got 3.0", (torch.zeros(3, 3), {"window": 3.0})),
     ],
 )
-def test_soft_argmax_messages(error, message, arguments):
+def test_soft_argmax_error_messages(error, message, arguments):
     *positional, keywords = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
     with pytest.raises(error, match=message):
         soft_argmax(*positional, **keywords)
@@ -157,7 +157,7 @@ def test_soft_argmax_messages(error, message, arguments):
 # ---- flip_back ----
 
 
-def test_flip_back_mirrors_and_swaps():
+def test_flip_back_flips_and_swaps():
     maps = torch.arange(24.0).reshape(1, 3, 2, 4)
     assert flip_back(maps, [(0, 2)])[0, 0].tolist() == [[19, 18, 17, 16], [23, 22, 21, 20]]
     assert flip_back(maps, [(0, 2)])[0, 1].tolist() == [[11, 10, 9, 8], [15, 14, 13, 12]]
@@ -173,7 +173,7 @@ def test_flip_back_is_differentiable():
     assert torch.autograd.gradcheck(lambda m: flip_back(m, [(0, 2)], shift=True), maps)
 
 
-def test_flip_back_messages():
+def test_flip_back_error_messages():
     with pytest.raises(ValueError, match=r"heatmaps: expected shape \(..., K, H, W\), got \(4, 5\)"):
         flip_back(torch.zeros(4, 5), ())
     with pytest.raises(ValueError, match=r"flip_pairs: expected joints in 0\.\.2"):

@@ -1,4 +1,4 @@
-"""What ``make kernels`` runs: ahead-of-time compilation without a GPU, here of a representative subset."""
+"""Ahead-of-time compilation without a GPU (``make kernels``), on a representative subset."""
 
 import json
 import os
@@ -11,9 +11,8 @@ pytest.importorskip("triton")
 
 
 def run_aot(*arguments):
-    environment = {
-        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
-    }  # in the interpreter nothing compiles
+    # The interpreter does not compile.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "amil_fast.kernels.aot", "--no-cuda", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -32,7 +31,7 @@ def test_compiles_without_spills(tmp_path):
         "adjust_pool_backward_detached_kernel",
     }
     assert all(0 < row["registers"] <= 255 and row["spills"] == 0 for row in table)
-    # A table with no row would pass the line above; the on-chip and the chunk kernels reduce through shared memory.
+    # The on-chip and the chunk kernels reduce through shared memory.
     assert any(row["shared"] > 0 for row in table)
 
 
@@ -44,12 +43,12 @@ def test_spills_fail():
 
 
 def test_every_kernel_is_compiled():
-    """No kernel is defined that the full list of calls does not reach."""
+    """The full list of calls covers every kernel."""
     program = """
 from amil_fast.kernels import adjust_pool_backward, adjust_pool_forward, aot
 names = [*vars(adjust_pool_forward), *vars(adjust_pool_backward)]
 defined = {name for name in names if name.endswith("_kernel")}
-compiled = {job.name for job in aot.jobs(aot.CALLS, (90,))}
+compiled = {c.name for c in aot.triton_compilations(aot.CALLS, (90,))}
 assert defined == compiled and len(defined) == 7, defined ^ compiled
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,7 +1,7 @@
-"""A network for tests, with exact answers: it finds LSP's joints painted as dots of known colors.
+"""A test network with known predictions: locates the LSP joints, rendered as dots of known colors.
 
-Left and right joint of a pair have one color; the right one is that in the left half of the crop, so that, as for a
-real network, the mirror image of a person is a person with left and right exchanged.
+The left and right joints of a pair share a color; the one in the left half of the crop is the right joint. As for a
+trained network, flipping a person thus exchanges left and right.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from amil_fast.pose.skeletons import LSP14
 SIZE = 128
 
 
-# Number of each joint's color, 0 to 7: a pair shares one. Black is what lies outside the image.
+# Color index of each joint, 0 to 7, shared by the joints of a pair. Black is reserved for pixels outside the image.
 _FIRST = [min(k, other) for k, other in enumerate(LSP14.flip_index)]
 KINDS = [sorted(set(_FIRST)).index(first) for first in _FIRST]
 _CORNERS = [[255 * (number >> bit & 1) for bit in range(3)] for number in range(1, 8)]
@@ -41,7 +41,7 @@ class ColorFinder(torch.nn.Module):
             elif name.startswith("left"):
                 found[:, k, :, :half] = 0
         blurred = torch.nn.functional.avg_pool2d(found, 9, stride=1, padding=4)
-        return [None, torch.nn.functional.avg_pool2d(blurred, 4)]  # as a stack of blocks returns it: the last counts
+        return [None, torch.nn.functional.avg_pool2d(blurred, 4)]  # like stacked blocks: the last one is decoded
 
 
 def build():
@@ -53,7 +53,7 @@ def not_a_network():
 
 
 def person(rng, width=200, height=200, box=None):
-    """Joints ``(14, 2)`` well apart from each other inside a box (x, y, w, h), right ones in its left half."""
+    """Returns well separated joints ``(14, 2)`` in a bounding box (x, y, w, h), the right ones in its left half."""
     x, y, w, h = box or (0, 0, width, height)
     joints = np.zeros((14, 2))
     for k, name in enumerate(LSP14.joints):
@@ -63,7 +63,7 @@ def person(rng, width=200, height=200, box=None):
 
 
 def paint(image, joints, radius):
-    """Dots of the joints' colors on a BGR image, in place."""
+    """Draws the joints as dots of their colors on a BGR image, in place."""
     import cv2
 
     for k, point in enumerate(joints):

@@ -1,14 +1,18 @@
-"""The ablation study: which runs it plans, that it trains each once and goes on, and what it reports."""
+"""The ablation study: planned runs, training and resuming, stopping, report."""
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 from amil_fast.cli.app import app
-from amil_fast.pose.training import ablation
-from amil_fast.pose.training.config import TrainConfig
-from amil_fast.pose.training.presets import preset
+from amil_fast.pose.training import Interrupted, TrainConfig, ablation, preset
+from amil_fast.pose.training.checkpoints import STATE, load_state
 
 TINY = [
     "generator.features=8",
@@ -22,7 +26,7 @@ TINY = [
 ]
 
 
-def test_rows_change_what_they_say():
+def test_rows_change_their_settings():
     rows = ablation.plan(TrainConfig(), list(ablation.GROUPS), [3, 4])
     plain, regions, adversarial, both = (
         rows["ideas", row][0][1] for row in ("backbone + L2", "+ MI-RNet", "+ adversarial", "+ both")
@@ -36,7 +40,7 @@ def test_rows_change_what_they_say():
     assert rows["levels", "1 FC"][0][1].generator.depth == 1
     assert rows["routing", "T = 5"][0][1].generator.num_iters == 5
     assert rows["schedule", "without decay"][0][1].schedule.kind == "constant"
-    # One training for what is the same in several groups.
+    # Equal configurations of several groups are trained once.
     assert rows["pooling", "adjust"] == rows["ideas", "+ MI-RNet"] == rows["levels", "3 FC"] == rows["routing", "T = 3"]
     names = {name: config for runs in rows.values() for name, config in runs}
     assert len({str(config) for config in names.values()}) == len(names)
@@ -47,13 +51,10 @@ def test_rows_change_what_they_say():
     [
         ((TrainConfig(), ["idea"], [0]), "groups: expected some of ideas, .*, got 'idea'"),
         ((TrainConfig(), ["ideas"], []), "seeds: expected at least one"),
-        (
-            (TrainConfig().override({"discriminator": None}), ["ideas"], [0]),
-            "base: expected MI-RNet blocks and a discriminator, got",
-        ),
+        ((TrainConfig().override({"discriminator": None}), ["ideas"], [0]), "base: expected MI-RNet blocks and a disc"),
     ],
 )
-def test_bad_plans(arguments, message):
+def test_invalid_plans(arguments, message):
     with pytest.raises(ValueError, match=message):
         ablation.plan(*arguments)
 
@@ -78,10 +79,38 @@ def test_a_study_from_the_command_line(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best/*")} == before  # nothing trained again
 
 
-def test_a_run_that_fails_is_reported(tmp_path):
+def test_a_failed_run_is_reported_with_its_error(tmp_path):
     rows = ablation.plan(preset("demo").override({"data.batch_size": 100_000}), ["routing"], [0])
-    with pytest.raises(RuntimeError, match=r"exited with code 2: .*data.batch_size: expected at most the 2000"):
+    with pytest.raises(
+        RuntimeError, match=r"routing-t-1-seed0: training failed: data\.batch_size: expected at most the 2000"
+    ):
         ablation.run(rows, tmp_path)
+
+
+def test_a_stopped_study_ends_its_runs_and_resumes(tmp_path, capfd):
+    """SIGINT while two runs train: both save and end; nothing of their output reaches the terminal."""
+    settings = {name: json.loads(value) if value[0].isdigit() else value for name, value in
+                (text.split("=") for text in TINY)} | {"run.tensorboard": False}  # fmt: skip
+    settings |= {"schedule.epochs": 10_000, "run.checkpoint_steps": 1, "run.log_every": 1, "run.evaluate_every": 10_000}
+    rows = ablation.plan(preset("demo").override(settings), ["routing"], [0])
+    folders = [tmp_path / name for runs in rows.values() for name, _ in runs][:2]
+
+    def interrupt():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not all((f / "last" / STATE).is_file() for f in folders):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted, match="SIGINT: stopped after 0 of 4 runs"):
+        ablation.run(rows, tmp_path, jobs=2)
+    thread.join()
+    assert not multiprocessing.active_children()
+    steps = [load_state(folder / "last")[1]["step"] for folder in folders]
+    assert min(steps) >= 1 and not (folders[0] / "summary.json").exists()
+    assert "people for training" in (folders[0] / ablation.OUTPUT).read_text()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_markdown_has_mean_and_spread():

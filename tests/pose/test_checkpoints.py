@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, to the bit, and a kill at any moment leaves a whole one."""
+"""Checkpoints: bit-identical round trips, and a complete checkpoint after a kill at any moment."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ from amil_fast.utils.files import publish
 from tests.pose.training_runs import one_thread  # noqa: F401 (a fixture)
 
 
-def test_state_comes_back(tmp_path):
+def test_state_round_trip(tmp_path):
     tensors = {
         "a.b": torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last),
         "half": torch.randn(7).bfloat16(),
@@ -33,8 +33,8 @@ def test_state_comes_back(tmp_path):
     assert (found["random"] == torch.get_rng_state()).all()
 
 
-def test_state_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no such training state"):
+def test_invalid_states(tmp_path):
+    with pytest.raises(ValueError, match="no such training state"):
         load_state(tmp_path)
     (tmp_path / checkpoints.STATE).write_bytes(b"\x80\x04not a checkpoint")
     with pytest.raises(ValueError, match=r"state\.safetensors: expected a training state written by amil train"):
@@ -58,7 +58,7 @@ def test_publish_is_all_or_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         publish(out, fails)
     assert (out / "a").read_text() == "1" and [path.name for path in out.iterdir()] == ["a"]
-    # What a killed run left doesn't get in.
+    # Leftovers of a killed process are not published.
     (out / ".partial").mkdir()
     (out / ".partial" / "rubbish").write_text("x")
     publish(out, lambda folder: (folder / "b").write_text("3"))
@@ -71,23 +71,23 @@ def test_published_files_are_readable_like_their_folder(tmp_path):
     assert mode == (tmp_path / "a").stat().st_mode & 0o666
 
 
-def _publish_for_ever(out, size):
+def _publish_forever(out, size):
     for step in range(10**9):
         tensors = {"x": torch.from_numpy(np.full(size, step))}
         publish(out, lambda folder, tensors=tensors, step=step: save_state(folder, tensors, {"step": step}))
 
 
 def test_killed_at_random_moments(tmp_path):
-    """kill -9 in the middle of writing, twenty times over: there is always a whole checkpoint, and it never goes back.
+    """SIGKILL during writes, twenty times: the checkpoint is always complete.
 
-    The writers are forked, so that they start at once; torch's threads don't survive a fork, so they compute nothing.
+    The writers are forked, for a fast start; torch's threads do not survive a fork, so they use numpy only.
     """
     out, size, seen = tmp_path / "last", 200_000, []
     publish(out, lambda folder: save_state(folder, {"x": torch.zeros(size)}, {"step": 0}))
     rng = random.Random(0)
     interrupted = 0
     for _ in range(20):
-        process = multiprocessing.get_context("fork").Process(target=_publish_for_ever, args=(out, size))
+        process = multiprocessing.get_context("fork").Process(target=_publish_forever, args=(out, size))
         process.start()
         time.sleep(rng.uniform(0.01, 0.06))
         os.kill(process.pid, signal.SIGKILL)
@@ -96,11 +96,11 @@ def test_killed_at_random_moments(tmp_path):
         tensors, facts = load_state(out)
         assert (tensors["x"] == facts["step"]).all() and len(tensors["x"]) == size
         seen.append(facts["step"])
-    assert interrupted > 3, "the kills never met a write: this test shows nothing"
+    assert interrupted > 3, "no kill interrupted a write: the test is not effective"
     assert max(seen) > 0
 
 
-def test_optimizer_goes_on_bit_for_bit():
+def test_restored_optimizer_is_bit_identical():
     def network():
         torch.manual_seed(0)
         layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
@@ -130,13 +130,13 @@ def test_optimizer_goes_on_bit_for_bit():
     optimizer = optimizer_of(second)
     checkpoints.load_optimizer(optimizer, tensors)
     average = optimizer.state[second[0].weight]["exp_avg"]
-    assert average.stride() == second[0].weight.stride(), "the state has another order of axes than its parameter"
+    assert average.stride() == second[0].weight.stride(), "the state has another memory format than its parameter"
     steps(second, optimizer, range(3, 6))
     for one, other in zip(straight.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_load_weights_takes_what_fits(tmp_path):
+def test_load_weights_loads_matching_tensors(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
     before = model[1].weight.clone()
     save_file(
@@ -144,18 +144,18 @@ def test_load_weights_takes_what_fits(tmp_path):
         tmp_path / "model.safetensors",
     )
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        taken, missing, left = load_weights(model, path)
-        assert (taken, missing, left) == (2, ["1.weight", "1.bias"], ["1.weight", "head"])
+        taken, missing, unused = load_weights(model, path)
+        assert (taken, missing, unused) == (2, ["1.weight", "1.bias"], ["1.weight", "head"])
     assert (model[0].weight == 1).all() and torch.equal(model[1].weight, before)
 
 
-def test_load_weights_refused(tmp_path):
+def test_load_weights_of_invalid_files(tmp_path):
     model = torch.nn.Linear(2, 3)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"expected a folder with model\.safetensors, or a \.safetensors file"):
         load_weights(model, tmp_path / "model.pt")
     save_file({"other": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="none of its tensors has the name and shape"):
+    with pytest.raises(ValueError, match="no tensor has the name and shape"):
         load_weights(model, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"abc")
     with pytest.raises(ValueError, match="expected a safetensors file"):

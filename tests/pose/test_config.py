@@ -1,23 +1,21 @@
-"""Configuration of training runs: presets, overrides, and what is refused."""
+"""Training configuration: presets, overrides, invalid settings."""
 
 import json
 from itertools import pairwise
 
 import pytest
 
-from amil_fast.pose.training.config import ScheduleConfig, TrainConfig, from_dict
-from amil_fast.pose.training.overrides import parse_override
-from amil_fast.pose.training.presets import PRESETS, preset
+from amil_fast.pose.training import PRESETS, ScheduleConfig, TrainConfig, from_dict, parse_override, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json(name):
+def test_presets_round_trip_through_json(name):
     chosen = preset(name)
     assert from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
     assert chosen.adversarial
 
 
-def test_the_papers_table_2():
+def test_presets_match_table_2_of_the_paper():
     lsp, mpii = preset("paper-lsp"), preset("paper-mpii")
     for chosen, decay in ((lsp, 0.005), (mpii, 0.01)):
         assert (chosen.optimizer.name, chosen.optimizer.lr, chosen.optimizer.weight_decay) == ("adam", 1e-3, decay)
@@ -25,12 +23,12 @@ def test_the_papers_table_2():
         assert (schedule.epochs, schedule.kind, schedule.base, schedule.every) == (350, "inverse-time", decay, 20)
         assert chosen.generator.num_iters == 3 and chosen.generator.depth == 3
         assert (chosen.balance.k, chosen.balance.step, chosen.balance.gamma) == (0.0, 0.001, 0.5)
-    # lr0 / (1 + base * floor(epoch / 20)), 7 steps in an epoch
+    # 1 / (1 + base * floor(epoch / 20)), with 7 steps per epoch
     factors = [lsp.schedule.factor(7 * epoch, 7) for epoch in (0, 19, 20, 45, 349)]
     assert factors == pytest.approx([1, 1, 1 / 1.005, 1 / 1.01, 1 / 1.085])
 
 
-def test_lspet_keeps_the_last_500_out():
+def test_lspet_holds_out_500_people():
     data = preset("lspet-small").data
     assert (data.dataset, data.split, data.holdout, data.augmentation) == ("lspet", "all", 500, "sports")
 
@@ -102,12 +100,12 @@ def test_parse_override(text, expected):
         ({"run.precision": "fp8"}, r"run\.precision: expected one of fp32, bf16, fp16"),
     ],
 )
-def test_refused(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig().override(settings)
 
 
-def test_refused_texts():
+def test_invalid_names():
     with pytest.raises(ValueError, match=r"--set: expected section\.key=value, got 'optimizer\.lr'"):
         parse_override("optimizer.lr")
     with pytest.raises(ValueError, match=r"preset: expected one of .*, got 'lspet', did you mean"):

@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does with the whole batch."""
+"""Two processes under torchrun against one process with the whole batch."""
 
 import json
 import os
@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import amil_fast
-from amil_fast.pose.training import checkpoints, trainer
-from amil_fast.pose.training.trainer import PoseTraining
+from amil_fast.pose.training import PoseTraining, checkpoints
 from tests.pose.training_runs import (  # one_thread is a fixture
     TINY,
     data_with_gaps,
@@ -20,8 +19,8 @@ from tests.pose.training_runs import (  # one_thread is a fixture
 )
 
 HERE = Path(__file__).parent
-# Seven people, four in a batch: with two processes the sampler has one to spare, which nobody must see. Joints without
-# annotation are spread unevenly over the crops.
+# Seven people, batches of four: with two processes the sampler has one sample to spare, which must not be used. Joints
+# without annotation are distributed unevenly over the crops.
 SETTINGS = {
     "data.synthetic": 7,
     "data.synthetic_validation": 5,
@@ -38,7 +37,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes left: their folder."""
+    """The folder written by two processes."""
     out = tmp_path_factory.mktemp("two")
     (out / "settings.json").write_text(json.dumps(SETTINGS))
     torch.manual_seed(0)
@@ -49,7 +48,7 @@ def two(tmp_path_factory):
     x = torch.randn(6, 3, 5, 4).double() * 3 + 10
     torch.save({"x": x, "upstream": torch.randn(x.shape).double(), "before": layer.state_dict()}, out / "norm.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = [str(HERE.parents[1]), str(Path(amil_fast.__file__).parents[1])]  # the very package that is tested here
+    paths = [str(HERE.parents[1]), str(Path(amil_fast.__file__).parents[1])]  # the package under test
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -67,23 +66,20 @@ def two(tmp_path_factory):
     return out
 
 
-def test_same_samples_same_losses(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "training_data", data_with_gaps)
-    one = PoseTraining(TINY.override(SETTINGS), tmp_path, quiet_console())
-    losses, step = [], one._step
+def test_same_samples_same_losses(two, tmp_path):
+    losses = []
 
-    def follow(parts):
-        step(parts)
-        losses.append((parts[0]["index"].tolist(), one._pending[-1].tolist()))
+    def follow(run, parts, terms):
+        losses.append((parts[0]["index"].tolist(), terms.tolist()))
 
-    one._step = follow
+    config = TINY.override(SETTINGS)
+    one = PoseTraining(config, tmp_path, quiet_console(), data=data_with_gaps(config), on_step=follow)
     summary = one.run()
     ranks = [json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert len(losses) == len(ranks[0]["losses"]) == 4
     valid = [int(one.data.training[epoch, i]["valid"].sum()) for epoch in range(4) for i in losses[epoch][0]]
-    assert len(set(valid)) > 1, "all crops have the same joints: a mean over each process's joints would do"
-    # The first step is the same up to rounding, of which Adam makes more with every step: it divides small gradients
-    # by their size.
+    assert len(set(valid)) > 1, "all crops have equally many joints: a mean over each process's joints would pass"
+    # The first step agrees up to rounding, which Adam amplifies with every step: it normalizes small gradients.
     for number, ((indices, values), tolerance) in enumerate(zip(losses, (2e-5, 5e-3, 2e-2, 2e-2), strict=True)):
         shares = [rank["losses"][number] for rank in ranks]
         assert sorted(shares[0][0] + shares[1][0]) == sorted(indices)
@@ -91,11 +87,11 @@ def test_same_samples_same_losses(two, tmp_path, monkeypatch):
         assert shares[0][1] == shares[1][1], "the processes disagree"
         assert shares[0][1] == pytest.approx(values, rel=tolerance, abs=1e-9)
     assert torch.equal(torch.load(two / "weights0.pt"), torch.load(two / "weights1.pt"))
-    # Validation saw each of the five once.
+    # Each of the five validation samples is scored once.
     assert ranks[0]["summary"]["validation"]["samples"] == summary["validation"]["samples"] == 5
     assert ranks[1]["summary"] is None
     assert ranks[0]["summary"]["validation"]["counted"] == summary["validation"]["counted"]
-    # One process writes; the state goes on where it was.
+    # Only one process writes.
     assert checkpoints.load_state(two / "run" / "last")[1]["step"] == 4
     assert len((two / "run" / "history.jsonl").read_text().splitlines()) == 4
 

@@ -1,4 +1,4 @@
-"""Pictures: the right colors in the right places, and files that open."""
+"""Visualization: colors and positions of rendered poses, contact sheets, and plots."""
 
 import cv2
 import numpy as np
@@ -27,7 +27,7 @@ def spread(K, side=200):
     return side / 2 + 0.4 * side * np.stack([np.cos(angle), np.sin(angle)], -1)
 
 
-def test_joints_and_limbs_have_their_colors():
+def test_joints_and_limbs_have_the_skeleton_colors():
     joints = spread(14)
     image = draw_pose(np.full((200, 200, 3), 255, np.uint8), joints, skeleton=LSP14, thickness=4)
     for k, (x, y) in enumerate(joints.round().astype(int)):
@@ -43,13 +43,13 @@ def test_joints_and_limbs_have_their_colors():
         assert image[y, x].tolist() == list(color[::-1]), limb
 
 
-def test_what_is_not_shown_is_not_drawn():
+def test_hidden_joints_are_not_drawn():
     joints = spread(17)
     white = np.full((200, 200, 3), 255, np.uint8)
     assert (draw_pose(white.copy(), joints, np.zeros(17), skeleton=COCO17) == 255).all()
     assert (draw_pose(white.copy(), np.full((17, 2), np.nan), skeleton=COCO17) == 255).all()
     far = np.where(np.arange(17)[:, None] == 3, 1e9, joints)
-    draw_pose(white.copy(), far, skeleton=COCO17)  # doesn't overflow OpenCV's integers
+    draw_pose(white.copy(), far, skeleton=COCO17)  # must not overflow OpenCV's integers
     assert (draw_box(white.copy(), np.full(4, np.nan)) == 255).all()
     boxed = draw_box(white.copy(), np.array([10, 20, 50, 60]))
     assert (boxed[50, 5] == 255).all() and (boxed[50, 8:12] < 100).any() and (boxed[50, 30] == 255).all()
@@ -57,12 +57,12 @@ def test_what_is_not_shown_is_not_drawn():
         draw_pose(white, joints, skeleton=LSP14)
 
 
-def test_lines_are_smooth():
+def test_lines_are_anti_aliased():
     image = draw_pose(np.full((200, 200, 3), 255, np.uint8), spread(14), skeleton=LSP14)
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 200  # an aliased drawing has about 20 colors
 
 
-def test_tiles_keep_places():
+def test_tiles_preserve_coordinates():
     image = np.zeros((3, 50, 50), np.uint8)
     picture, factor = to_bgr(image, 200)
     assert picture.shape == (200, 200, 3) and factor == 4
@@ -89,7 +89,7 @@ def test_contact_sheets():
     assert sheet.shape[0] > 160 and sheet.shape[1] > 160
 
 
-def test_comparison_sheet_shows_truth_beside_prediction():
+def test_comparison_sheet_shows_ground_truth_next_to_prediction():
     figures = SyntheticFigures(9, 64)
     samples = [figures[i] for i in range(9)]
     targets = np.stack([sample["image_joints"] for sample in samples])
@@ -107,7 +107,7 @@ def test_comparison_sheet_shows_truth_beside_prediction():
     )
     line, left, gap = round(64 * 0.11), round(64 * 0.42), 6
     truth = pose_tile(samples[8]["image"], targets[8], skeleton=LSP14, side=64)
-    y = gap + 2 * (64 + line + gap)  # the worst sample comes first in the third row
+    y = gap + 2 * (64 + line + gap)  # the third row starts with the worst sample
     np.testing.assert_array_equal(sheet[y : y + 64, left : left + 64], truth)
     assert (sheet[y : y + 64, left + 70 : left + 134] != truth).any()
 
@@ -126,7 +126,7 @@ def test_plots(tmp_path):
     line = figure.axes[0].lines[1]
     np.testing.assert_allclose(line.get_ydata(), 100 * pck.compute()["mean"])
     figure = plot_confusion(confusion.compute(), LSP14, tmp_path / "confusion.png")
-    assert len(figure.axes[0].patches) == 12  # six pairs, both ways
+    assert len(figure.axes[0].patches) == 12  # six pairs, in both directions
     plot_errors(errors.compute(), LSP14, tmp_path / "errors.png")
     for name in ("curves", "confusion", "errors"):
         picture = cv2.imread(str(tmp_path / f"{name}.png"))

@@ -1,4 +1,4 @@
-"""The pose networks on a GPU: precision, memory format, compiler, and one training step against the CPU in float32."""
+"""Pose networks on a GPU: precision, memory format, torch.compile, and training steps against float32 on the CPU."""
 
 import copy
 
@@ -20,12 +20,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-SIDE, MAPS = 64, 16  # of the crops, of the heatmaps
+SIDE, MAPS = 64, 16  # side of the crops and of the heatmaps, in pixels
 
 
 @pytest.fixture(autouse=True)
 def exact_float32(monkeypatch):
-    """Convolutions in float32, not TF32: what is compared with the CPU is the networks, not the rounding."""
+    """Disables TF32 convolutions, so that the comparison with the CPU is not dominated by rounding."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -46,19 +46,19 @@ def batch(B=4):
 
 
 def step(generator, discriminator, images, target, valid, autocast=False):
-    """Losses and gradients of one adversarial training step: ``(losses, generator's gradients, discriminator's)``."""
+    """One adversarial training step; returns ``(losses, generator gradient, discriminator gradient)``, flattened."""
     device = images.device.type
     balance = Balance(k=0.5).to(images.device)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         heatmaps = generator(images, all_blocks=True).heatmaps
         real, fake = discriminator_losses(discriminator, target, heatmaps[-1].detach(), images, valid)
-        judged = balance.loss(real, fake)
-        found = heatmap_loss(heatmaps, target, valid)
-        loss = found + 1e-2 * adversarial_loss(discriminator, heatmaps[-1], images, valid)
-    judged.backward()
+        loss_d = balance.loss(real, fake)
+        supervised = heatmap_loss(heatmaps, target, valid)
+        loss = supervised + 1e-2 * adversarial_loss(discriminator, heatmaps[-1], images, valid)
+    loss_d.backward()
     loss.backward()
     gradients = [torch.cat([p.grad.float().flatten() for p in n.parameters()]) for n in (generator, discriminator)]
-    return torch.stack([found, real, fake, loss]).detach().float().cpu(), *(g.cpu() for g in gradients)
+    return torch.stack([supervised, real, fake, loss]).detach().float().cpu(), *(g.cpu() for g in gradients)
 
 
 def on_gpu(*networks):
@@ -70,21 +70,21 @@ def batch_on_gpu():
     return images.cuda().contiguous(memory_format=torch.channels_last), target.cuda(), valid.cuda()
 
 
-def test_training_step_is_that_of_the_cpu():
-    """Channels-last on the GPU against float32 on the CPU: losses, and both networks' gradients as vectors."""
-    here = networks()
-    there = on_gpu(*here)
-    expected, actual = step(*here, *batch()), step(*there, *batch_on_gpu())
+def test_training_step_matches_the_cpu():
+    """Channels-last on the GPU against float32 on the CPU: losses, and the gradient vectors of both networks."""
+    on_cpu = networks()
+    on_device = on_gpu(*on_cpu)
+    expected, actual = step(*on_cpu, *batch()), step(*on_device, *batch_on_gpu())
     assert relative_error(actual[0], expected[0]) < 1e-4
-    # Batch statistics of few crops in front of every layer magnify rounding.
+    # Batch statistics over few crops amplify rounding errors layer by layer.
     assert relative_error(actual[1], expected[1]) < 1e-2
     assert relative_error(actual[2], expected[2]) < 1e-2
 
 
 def test_training_step_in_bfloat16():
-    here = networks()
-    there = on_gpu(*here)
-    expected, actual = step(*here, *batch()), step(*there, *batch_on_gpu(), autocast=True)
+    on_cpu = networks()
+    on_device = on_gpu(*on_cpu)
+    expected, actual = step(*on_cpu, *batch()), step(*on_device, *batch_on_gpu(), autocast=True)
     assert relative_error(actual[0], expected[0]) < 5e-2
     for a, e in zip(actual[1:], expected[1:], strict=True):
         assert a.isfinite().all()
@@ -93,20 +93,20 @@ def test_training_step_in_bfloat16():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_forward_in_bfloat16(training):
-    """Heatmaps are float32, probabilities, and near those of float32; inference too."""
+    """Heatmaps under autocast are float32, in [0, 1], and close to those computed in float32."""
     generator, _ = networks()
-    (there,) = on_gpu(generator.train(training))
+    (on_device,) = on_gpu(generator.train(training))
     images = batch()[0]
     with torch.no_grad():
         expected = generator(images)
         with torch.autocast("cuda", torch.bfloat16):
-            actual = there(images.cuda().contiguous(memory_format=torch.channels_last))
+            actual = on_device(images.cuda().contiguous(memory_format=torch.channels_last))
     assert actual.dtype == torch.float32 and actual.min() >= 0 and actual.max() <= 1
     assert relative_error(actual.cpu(), expected) < 5e-2
 
 
 def test_compile():
-    """The compiled generator finds the same heatmaps and gradients as the plain one, on the GPU."""
+    """torch.compile leaves the heatmaps and gradients of the generator unchanged."""
     generator, _ = networks()
     plain, compiled_network = on_gpu(generator, generator)
     compiled = torch.compile(compiled_network)
@@ -120,8 +120,8 @@ def test_compile():
     assert relative_error(gradients[1][1], gradients[0][1]) < 1e-2
 
 
-def test_a_few_steps_of_training_learn():
-    """bfloat16, both networks with their optimizers: the heatmap loss on one batch falls."""
+def test_loss_decreases():
+    """bfloat16, both networks with their optimizers: the heatmap loss on one batch decreases."""
     generator, discriminator = on_gpu(*networks())
     optimizers = [torch.optim.Adam(n.parameters(), 1e-3, fused=True) for n in (generator, discriminator)]
     data = batch_on_gpu()

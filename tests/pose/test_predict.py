@@ -1,4 +1,4 @@
-"""Prediction from files to files, with a network whose answers are known."""
+"""File-based prediction, using a network with known predictions."""
 
 import json
 
@@ -29,7 +29,7 @@ def write(path, image):
 
 @pytest.fixture
 def inputs(tmp_path):
-    """A folder with images, one of them bad, and a video; returns the folder and the joints by name and frame."""
+    """Creates a folder of images (one corrupt) and a video; returns the folder and the joints by (name, frame)."""
     rng = np.random.default_rng(0)
     joints = {}
     for name, (width, height) in {"a.jpg": (300, 200), "deep/b.png": (201, 333)}.items():
@@ -49,7 +49,7 @@ def keypoints(row):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_images_and_videos_go_in_and_come_out(inputs, tmp_path, batch_size):
+def test_images_and_videos(inputs, tmp_path, batch_size):
     folder, joints = inputs
     problems, progress = [], []
     summary = predict(
@@ -86,8 +86,8 @@ def test_images_and_videos_go_in_and_come_out(inputs, tmp_path, batch_size):
     assert frames.rate == 12 and sum(frame is not None for _, frame in frames) == 7
 
 
-def test_boxes_are_respected(tmp_path):
-    """Two people in one photograph, in crops of their own; nobody in another."""
+def test_boxes(tmp_path):
+    """One image has two bounding boxes, which are cropped separately; another image has none."""
     rng = np.random.default_rng(1)
     image, boxes = ground(600, 400), [[30, 40, 200, 220], [330, 120, 240, 200]]
     people = [person(rng, box=box) for box in boxes]
@@ -104,27 +104,27 @@ def test_boxes_are_respected(tmp_path):
     for row, joints in zip(rows, people, strict=True):
         assert np.abs(keypoints(row)[:, :2] - joints).max() < 2
     assert (cv2.imread(str(tmp_path / "out/empty.png")) == ground(100, 100)).all()
-    # the results are a file of boxes themselves
+    # the predictions are a valid file of bounding boxes
     assert Boxes(tmp_path / "out/predictions.json").of("000000000012.png").tolist() == boxes
 
 
-def test_photographs_are_turned_upright(tmp_path):
-    """Cameras write the picture as the sensor lies, and a tag."""
+def test_exif_orientation_is_applied(tmp_path):
+    """Cameras store images in sensor orientation, together with an EXIF orientation tag."""
     from PIL import Image
 
     joints = person(np.random.default_rng(2), 200, 300)
     upright = paint(ground(200, 300), joints, 6)
-    lying = Image.fromarray(np.rot90(upright)[:, :, ::-1].copy())
-    exif = lying.getexif()
-    exif[0x0112] = 6  # to be turned clockwise
-    lying.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    rotated = Image.fromarray(np.rot90(upright)[:, :, ::-1].copy())
+    exif = rotated.getexif()
+    exif[0x0112] = 6  # to be rotated clockwise
+    rotated.save(tmp_path / "photo.jpg", exif=exif, quality=95)
     predict(Predictor(ColorFinder()), [tmp_path / "photo.jpg"], tmp_path / "out")
     (row,) = json.loads((tmp_path / "out/predictions.json").read_text())
     assert np.abs(keypoints(row)[:, :2] - joints).max() < 1.5
     assert cv2.imread(str(tmp_path / "out/photo.jpg")).shape == (300, 200, 3)
 
 
-def test_same_names_do_not_overwrite_each_other(tmp_path):
+def test_equal_file_names_get_distinct_outputs(tmp_path):
     for folder in ("one", "two"):
         write(tmp_path / folder / "a.png", ground(40, 40))
     summary = predict(Predictor(ColorFinder()), [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
@@ -141,7 +141,7 @@ def test_inputs_are_never_overwritten(tmp_path):
         predict(predictor, [tmp_path / "in/a.png"], tmp_path / "in")
     with pytest.raises(DataError, match=r"expected another folder"):
         predict(predictor, [tmp_path / "in"], tmp_path / "in")
-    # a folder of results below the inputs is not taken for input by the next run
+    # an output folder below the inputs is not read as input by the next run
     for _ in range(2):
         summary = predict(predictor, [tmp_path / "in"], tmp_path / "in/found")
         assert summary.images == 2
@@ -151,41 +151,41 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert (tmp_path / "in/a.png").read_bytes() == before
 
 
-def test_damaged_videos_are_reported_and_the_rest_goes_on(inputs, tmp_path):
+def test_damaged_videos_do_not_stop_the_run(inputs, tmp_path):
     folder, _ = inputs
     data = (folder / "clip.avi").read_bytes()
     (folder / "clip.avi").write_bytes(data[: int(0.75 * len(data))])
     (folder / "broken.mp4").write_bytes(b"no video")
     summary = predict(Predictor(ColorFinder()), [folder], tmp_path / "out")
     assert len(summary.unreadable) == 3
-    told = " ".join(summary.unreadable)
-    assert "broken.mp4: expected a video" in told and "of 7 frames are missing" in told and "bad.jpg" in told
+    report = " ".join(summary.unreadable)
+    assert "broken.mp4: expected a video" in report and "of 7 frames are missing" in report and "bad.jpg" in report
     assert 4 <= summary.images < 9
     assert (tmp_path / "out/clip.avi").exists() and (tmp_path / "out/deep/b.png").exists()
 
 
 class Interrupting(ColorFinder):
-    """The user presses Ctrl-C during the fourth batch."""
+    """Raises KeyboardInterrupt during the fourth batch."""
 
     def forward(self, images):
         self.calls = getattr(self, "calls", 0) + 1
-        if self.calls > 6:  # each batch has its mirror image
+        if self.calls > 6:  # two forward passes per batch (flip test)
             raise KeyboardInterrupt
         return super().forward(images)
 
 
-def test_interrupted_runs_leave_whole_files_only(inputs, tmp_path):
+def test_interrupted_runs_leave_complete_files_only(inputs, tmp_path):
     folder, _ = inputs
     summary = predict(Predictor(Interrupting()), [folder], tmp_path / "out", batch_size=1)
     assert summary.interrupted
     rows = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert len(rows) == 3  # the image and two frames
+    assert len(rows) == 3  # one image and two frames
     files = [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert sorted(files) == ["a.jpg", "predictions.json"]  # no half a video, no partial file
+    assert sorted(files) == ["a.jpg", "predictions.json"]  # no truncated video, no temporary file
 
 
-def test_mirror_averaging():
-    """With it, each joint's heatmap is the mean with that of its mirror joint in the mirrored crop."""
+def test_flip_test():
+    """The flip test averages each heatmap with that of the opposite joint in the flipped crop."""
     joints = person(np.random.default_rng(3), 128, 128)
     crop = torch.from_numpy(warp_crop(paint(ground(128, 128), joints, 4), crop_matrix((0, 0, 128, 128), 128), 128))[
         None
@@ -198,7 +198,7 @@ def test_mirror_averaging():
     torch.testing.assert_close(scores, plain, rtol=0.02, atol=1e-3)
 
     class Sided(ColorFinder):
-        """Sees nothing in crops whose right half has no ground color at the edge: tells the two passes apart."""
+        """Returns zeros unless the first row starts brighter than it ends, which distinguishes the two passes."""
 
         def forward(self, images):
             found = super().forward(images)[1]
@@ -206,10 +206,10 @@ def test_mirror_averaging():
 
     crop[0, :, 0, 0] = 200
     _, half = Predictor(Sided(), flip_test=True)(crop, to_image)
-    torch.testing.assert_close(half, plain / 2, rtol=0.05, atol=1e-3)  # the mean of the maps and of nothing
+    torch.testing.assert_close(half, plain / 2, rtol=0.05, atol=1e-3)  # the mean of the maps and zeros
 
 
-def test_networks_that_do_not_fit():
+def test_incompatible_networks():
     class Plain(torch.nn.Module):
         def __init__(self, shape):
             super().__init__()
@@ -229,7 +229,7 @@ def test_networks_that_do_not_fit():
             Predictor(Plain(shape), skeleton="lsp14", size=32)(images, to_image)
 
 
-def test_loading(tmp_path):
+def test_load_model(tmp_path):
     from safetensors.torch import save_file
 
     model = load_model(factory="tests.pose.color_finder:build")
@@ -252,25 +252,25 @@ def test_loading(tmp_path):
     assert color_finder.SIZE == 128
 
 
-class Evil:
+class Malicious:
     def __reduce__(self):
         return print, ("unpickled",)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pt2"])
 def test_nothing_is_unpickled(tmp_path, suffix, capsys):
-    torch.save({"a": Evil()}, tmp_path / f"w{suffix}")
+    torch.save({"a": Malicious()}, tmp_path / f"w{suffix}")
     for factory in (None, "tests.pose.color_finder:build"):
         with pytest.raises(ValueError, match="hold pickles, which run code when they are loaded"):
             load_model(tmp_path / f"w{suffix}", factory)
-    # under another name it is no safetensors file
-    torch.save({"a": Evil()}, tmp_path / "w.safetensors")
+    # a pickle with the suffix of safetensors
+    torch.save({"a": Malicious()}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="the weights do not fit"):
         load_model(tmp_path / "w.safetensors", "tests.pose.color_finder:build")
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_no_input(tmp_path):
+def test_missing_inputs(tmp_path):
     predictor = Predictor(ColorFinder())
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: no image or video found"):
@@ -279,10 +279,10 @@ def test_no_input(tmp_path):
         predict(predictor, [tmp_path / "empty"], tmp_path / "out", boxes=tmp_path / "boxes.json")
 
 
-@pytest.mark.parametrize(("score", "looks"), [(0.9, 2), (0.1, 1)])
-def test_a_second_look_at_what_was_found(tmp_path, score, looks):
-    """The second crop lies around the joints of the first look, with a margin; without enough of them there is none."""
-    seen = []
+@pytest.mark.parametrize(("score", "num_passes"), [(0.9, 2), (0.1, 1)])
+def test_two_stage_prediction(tmp_path, score, num_passes):
+    """The second crop encloses the joints of the first pass, with a margin; it is skipped if too few are found."""
+    matrices = []
     joints = np.full((14, 2), 40.0)
     joints[3], joints[5] = (30, 20), (50, 60)  # 20 x 40 pixels, edges at 29.5 and 19.5
 
@@ -290,15 +290,15 @@ def test_a_second_look_at_what_was_found(tmp_path, score, looks):
         size, skeleton = 64, LSP14
 
         def __call__(self, images, to_image):
-            seen.append(to_image.numpy())
+            matrices.append(to_image.numpy())
             return torch.tensor(joints)[None].float(), torch.full((1, 14), score)
 
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((100, 80, 3), np.uint8))
     predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2)
-    assert len(seen) == looks
-    np.testing.assert_allclose(seen[0][0], crop_matrix((0, 0, 80, 100), 64), rtol=1e-6)
-    if looks == 2:
-        np.testing.assert_allclose(seen[1][0], crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
+    assert len(matrices) == num_passes
+    np.testing.assert_allclose(matrices[0][0], crop_matrix((0, 0, 80, 100), 64), rtol=1e-6)
+    if num_passes == 2:
+        np.testing.assert_allclose(matrices[1][0], crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert rows[0]["bbox"] == [0, 0, 80, 100]
     with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""Files of predictions in, scores out."""
+"""Evaluation: reading predictions and ground truth from files, and scoring."""
 
 import json
 
@@ -21,7 +21,7 @@ def truth_of_lsp(tmp_path):
 
 
 def test_ground_truth_scores_100(tmp_path):
-    """Whatever the data set: its own joints as predictions, from a file, give 100 % everywhere."""
+    """For every data set, its own joints as predictions score 100 % in all metrics."""
     make.lspet(tmp_path / "lspet", S=12)
     rows = make.mpii_rows(tmp_path / "mpii")
     make.mpii_gt(tmp_path / "mpii/annot/gt_valid.mat", rows)
@@ -32,8 +32,8 @@ def test_ground_truth_scores_100(tmp_path):
         (load_coco(tmp_path / "coco"), True),
     ):
         truth = GroundTruth.of(people)
-        np.save(tmp_path / "same.npy", people.joints)
-        summary = score(read_predictions(tmp_path / "same.npy", truth), truth, either=either).summary
+        np.save(tmp_path / "predictions.npy", people.joints)
+        summary = score(read_predictions(tmp_path / "predictions.npy", truth), truth, either=either).summary
         name = summary["metric"]
         assert name == ("PCKh" if people.skeleton.name == "mpii16" else "PCK")
         assert summary["samples"] > 0 and summary["auc"] == 100
@@ -46,7 +46,7 @@ def test_ground_truth_scores_100(tmp_path):
         json.dumps(summary, allow_nan=False)
 
 
-def test_keys(tmp_path):
+def test_summary_keys(tmp_path):
     truth = truth_of_lsp(tmp_path)
     summary = score(truth.joints + 3, truth).summary
     groups = {"head", "shoulder", "elbow", "wrist", "hip", "knee", "ankle"}
@@ -55,24 +55,24 @@ def test_keys(tmp_path):
     other = score(truth.joints + 3, truth, pair="lsp", either=True).summary
     assert other["normalizer"] == [["left shoulder", "right hip"], ["right shoulder", "left hip"]]
     assert {f"PCK@{r:g}" for r in np.arange(1, 11) / 20} <= set(summary)
-    # the pair's distance decides: errors of 3 * sqrt(2) px, by hand
+    # hand-computed: errors of 3 * sqrt(2) px, normalized by the distance of the pair
     sizes = np.linalg.norm(truth.joints[:, 3] - truth.joints[:, 8], axis=-1)
     expected = 100 * np.mean(np.hypot(3, 3) / sizes <= 0.2)
     assert summary["PCK@0.2"]["mean"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_coco_rows_find_their_people(tmp_path):
+def test_coco_rows_are_matched_to_people(tmp_path):
     content = make.coco(tmp_path)
     truth = GroundTruth.of(load_coco(tmp_path))
     rows = [
         {"image_id": row["image_id"], "category_id": 1, "keypoints": row["keypoints"], "score": 0.5}
-        for row in (content["annotations"][i] for i in (4, 3, 0))  # another order
+        for row in (content["annotations"][i] for i in (4, 3, 0))  # in a different order
     ]
     path = tmp_path / "results.json"
     path.write_text(json.dumps(rows))
     found = read_predictions(path, truth)
     np.testing.assert_allclose(found[truth.valid], truth.joints[truth.valid])
-    # one person missing, one too many, and file names instead of ids
+    # a missing person, a surplus person, and file names instead of ids
     rows = [{**rows[1], "file_name": "000000000007.jpg"}, rows[0], {**rows[0], "keypoints": [500, 500, 1] * 17}]
     del rows[0]["image_id"]
     path.write_text(json.dumps(rows))
@@ -81,7 +81,7 @@ def test_coco_rows_find_their_people(tmp_path):
     np.testing.assert_allclose(found[1:][truth.valid[1:]], truth.joints[1:][truth.valid[1:]])
 
 
-def test_names_of_images(tmp_path):
+def test_image_names(tmp_path):
     truth = truth_of_lsp(tmp_path)
     path = tmp_path / "results.json"
     for name in ("3", 3, "im0003.jpg", "images/im0003.jpg", "/elsewhere/im0003.jpg", "im0003"):
@@ -90,7 +90,7 @@ def test_names_of_images(tmp_path):
         assert (found[2] == (7, 8)).all() and np.isnan(found[[0, 1, 3, 4, 5]]).all()
 
 
-def test_npz_with_everything(tmp_path):
+def test_npz_with_predictions_and_ground_truth(tmp_path):
     rng = np.random.default_rng(0)
     targets = rng.uniform(0, 100, (5, 14, 2))
     content = {"predictions": np.concatenate([targets + 5, np.ones((5, 14, 1))], -1), "targets": targets}
@@ -110,7 +110,7 @@ def test_npz_with_everything(tmp_path):
 
 
 def test_mpii_mat_of_hrnet(tmp_path):
-    """HRNet's pred.mat counts from 1, like gt_valid.mat; the JSON's joints were brought to 0."""
+    """HRNet's pred.mat has 1-based coordinates, like gt_valid.mat; those of the JSON annotations are 0-based."""
     rows = make.mpii_rows(tmp_path)
     boxes = make.mpii_gt(tmp_path / "annot/gt_valid.mat", rows)
     savemat(tmp_path / "pred.mat", {"preds": np.array([row["joints"] for row in rows])})
@@ -123,46 +123,46 @@ def test_mpii_mat_of_hrnet(tmp_path):
         assert score(found, truth).summary["PCKh@0.05"]["mean"] == 100
 
 
-@pytest.mark.skipif(not MPII.exists(), reason=f"{MPII} is not here")
-def test_mpii_detections_from_their_file():
+@pytest.mark.skipif(not MPII.exists(), reason=f"{MPII} not found")
+def test_mpii_detections_mat():
     truth = read_ground_truth(MPII / "detections_our_format.mat")
     summary = score(read_predictions(MPII / "detections_our_format.mat", truth), truth).summary
     scores = summary["PCKh@0.5"]
     expected = {"head": 95.6003, "shoulder": 92.714, "elbow": 83.3646, "wrist": 76.7357, "hip": 81.9283}
     assert {name: scores[name] for name in expected} == expected
     assert scores["mean_of_joints"] == 81.4584 and scores["mean"] == 82.3367
-    assert scores["joints"]["pelvis"] == 0  # the system has none: it doesn't count in the means
+    assert scores["joints"]["pelvis"] == 0  # not predicted by this system and excluded from the means
     swap = summary["confusion"]["counts"][0]
-    assert swap[5] > 0.1 * sum(swap)  # right ankles on left ones, the classic error
+    assert swap[5] > 0.1 * sum(swap)  # right ankles predicted at left ankles, a typical error
 
 
-def test_bad_files(tmp_path):
+def test_invalid_prediction_files(tmp_path):
     truth = truth_of_lsp(tmp_path)
 
-    def complains(name, message, write):
+    def expect_error(name, message, write):
         path = tmp_path / name
         write(path)
         with pytest.raises(DataError, match=f"{name}: {message}"):
             read_predictions(path, truth)
 
-    complains("a.npy", r"expected predictions for 6 people x 14 joints", lambda p: np.save(p, np.zeros((5, 14, 2))))
-    complains("b.npy", "expected a NumPy file of numbers", lambda p: p.write_bytes(b"x"))
-    complains("c.npy", "expected a NumPy file", lambda p: np.save(p, np.array([{}]), allow_pickle=True))
-    complains("d.npy", "the array: expected numbers", lambda p: np.save(p, np.array(["a"])))
-    complains("e.npz", "expected a variable 'predictions', found x", lambda p: np.savez(p, x=1))
-    complains("f.mat", "expected a variable 'preds'", lambda p: savemat(p, {"x": 1}))
-    complains("g.json", "expected a JSON file", lambda p: p.write_text("x"))
-    complains("h.json", "expected a list of COCO result rows, got dict", lambda p: p.write_text("{}"))
-    complains("i.json", "row 0: expected image_id and keypoints", lambda p: p.write_text("[{}]"))
+    expect_error("a.npy", r"expected predictions for 6 people x 14 joints", lambda p: np.save(p, np.zeros((5, 14, 2))))
+    expect_error("b.npy", "expected a NumPy file of numbers", lambda p: p.write_bytes(b"x"))
+    expect_error("c.npy", "expected a NumPy file", lambda p: np.save(p, np.array([{}]), allow_pickle=True))
+    expect_error("d.npy", "the array: expected numbers", lambda p: np.save(p, np.array(["a"])))
+    expect_error("e.npz", "expected a variable 'predictions', found x", lambda p: np.savez(p, x=1))
+    expect_error("f.mat", "expected a variable 'preds'", lambda p: savemat(p, {"x": 1}))
+    expect_error("g.json", "expected a JSON file", lambda p: p.write_text("x"))
+    expect_error("h.json", "expected a list of COCO result rows, got dict", lambda p: p.write_text("{}"))
+    expect_error("i.json", "row 0: expected image_id and keypoints", lambda p: p.write_text("[{}]"))
     rows = [{"image_id": 1, "keypoints": [1, 2]}]
-    complains("j.json", "row 0: expected 42 numbers as keypoints, got 2", lambda p: p.write_text(json.dumps(rows)))
+    expect_error("j.json", "row 0: expected 42 numbers as keypoints, got 2", lambda p: p.write_text(json.dumps(rows)))
     rows = [{"image_id": 99, "keypoints": [1] * 42}]
-    complains("k.json", "row 0: the data set has no image 99", lambda p: p.write_text(json.dumps(rows)))
-    complains("l.csv", "expected predictions as .json, .npy, .npz or .mat", lambda p: p.write_text(""))
-    complains("m.npy", "no such file", lambda p: None)
+    expect_error("k.json", "row 0: the data set has no image 99", lambda p: p.write_text(json.dumps(rows)))
+    expect_error("l.csv", "expected predictions as .json, .npy, .npz or .mat", lambda p: p.write_text(""))
+    expect_error("m.npy", "no such file", lambda p: None)
 
 
-def test_metrics_that_cannot_be_had(tmp_path):
+def test_unavailable_metrics(tmp_path):
     truth = truth_of_lsp(tmp_path)
     with pytest.raises(ValueError, match="metric: PCKh needs head sizes"):
         score(truth.joints, truth, metric="pckh")
@@ -170,7 +170,7 @@ def test_metrics_that_cannot_be_had(tmp_path):
         score(truth.joints, truth, metric="oks")
 
 
-def test_ranking():
+def test_best_median_worst():
     errors = np.array([0.5, np.nan, 0.1, 0.9, 0.3, 0.2])
     assert best_median_worst(errors, 2) == {"best": [2, 5], "median": [5, 4], "worst": [3, 0]}
     assert best_median_worst(errors, 9)["best"] == [2, 5, 4, 0, 3]

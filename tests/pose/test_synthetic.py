@@ -1,4 +1,4 @@
-"""Synthetic figures: deterministic, anatomically plausible, and labeled as rendered."""
+"""Synthetic figures: determinism, anatomical plausibility, and labels that match the rendered image."""
 
 import numpy as np
 import pytest
@@ -34,8 +34,8 @@ def test_size_does_not_change_the_figure():
     torch.testing.assert_close((small["joints"] + 0.5) * 2, large["joints"] + 0.5, rtol=0, atol=2.0)
 
 
-def test_bodies_are_plausible():
-    """Bones have plausible lengths; poses upside down, back views and occluded joints occur."""
+def test_anatomical_plausibility():
+    """Bone lengths are plausible; upside-down poses, back views and occluded joints occur."""
     figures = [SyntheticFigures(200, 64, seed=5).draw(i) for i in range(200)]
     joints, hidden = np.stack([f[1] for f in figures]), np.stack([f[2] for f in figures]) == 1
 
@@ -49,12 +49,12 @@ def test_bodies_are_plausible():
     behind = joints[:, LSP14.index("right shoulder"), 0] > joints[:, LSP14.index("left shoulder"), 0]
     assert 0.02 < upside_down.mean() < 0.25 and 0.1 < behind.mean() < 0.5
     assert 0.05 < hidden.mean() < 0.4
-    never_covered = np.stack([SyntheticFigures(60, 64, seed=5, occlusion=0).draw(i)[2] for i in range(60)]) == 1
-    assert never_covered.mean() < hidden.mean()
+    unoccluded = np.stack([SyntheticFigures(60, 64, seed=5, occlusion=0).draw(i)[2] for i in range(60)]) == 1
+    assert unoccluded.mean() < hidden.mean()
 
 
-def test_sides_have_their_colors():
-    """Visible wrists and ankles: more blue than red below the right elbow and knee, the reverse on the left."""
+def test_sides_have_distinct_colors():
+    """Visible lower legs are blue on the right side and orange on the left."""
     warmth = {"left": [], "right": []}
     figures = SyntheticFigures(150, 96, seed=2)
     for i in range(150):
@@ -68,7 +68,7 @@ def test_sides_have_their_colors():
     assert np.median(warmth["left"]) > 60 and np.median(warmth["right"]) < -60
 
 
-def test_augmented_through_a_loader():
+def test_augmentation_in_a_loader():
     figures = SyntheticFigures(10, 64, augmentation=SPORTS)
     loader = PoseLoader(figures, 5, workers=0)
     batch = next(iter(loader))

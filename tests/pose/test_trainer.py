@@ -1,8 +1,6 @@
-"""The training loop: targets, averages, checkpoints, interruption, broken losses."""
+"""The training loop: data, targets, losses, moving average, precision, initialization."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -10,66 +8,46 @@ import torch
 from safetensors.torch import load_file
 
 from amil_fast import decode_heatmaps
+from amil_fast.pose import heatmap_loss, region_cross_entropy
 from amil_fast.pose.codec import heatmap_to_image
 from amil_fast.pose.data import SPORTS, SyntheticFigures, load_lspet, pack
 from amil_fast.pose.inference.predictor import load_model
-from amil_fast.pose.training import checkpoints, trainer
-from amil_fast.pose.training.presets import preset
-from amil_fast.pose.training.trainer import Interrupted, NotFinite, PoseTraining, train
+from amil_fast.pose.training import PoseTraining, checkpoints, preset, train
 from amil_fast.pose.training.training_data import training_data
 from tests.pose import layouts as make
-from tests.pose.training_runs import TINY, one_thread, quiet_console  # noqa: F401 (one_thread is a fixture)
-
-
-def training(out, **settings):
-    resume = settings.pop("resume", False)
-    names = {name.replace("__", "."): value for name, value in settings.items()}
-    return PoseTraining(TINY.override(names), out, quiet_console(), resume=resume)
-
-
-def text_of(run):
-    return run.console.file.getvalue()
-
-
-def history(out):
-    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-
-
-def stop_at(monkeypatch, step, what="SIGTERM"):
-    """As a signal would: the run is asked to stop after this step."""
-    after = PoseTraining._after_step
-
-    def asked(self):
-        if self.step == step:
-            self._stop = what
-        after(self)
-
-    monkeypatch.setattr(PoseTraining, "_after_step", asked)
-
+from tests.pose.training_runs import (  # one_thread is a fixture
+    TINY,
+    history,
+    one_thread,  # noqa: F401
+    quiet_console,
+    text_of,
+    training,
+)
 
 # ---------------------------------------------------------------------- data and targets
 
 
 @pytest.mark.parametrize("augmentation", ["none", "sports"])
 def test_targets_decode_to_the_joints(tmp_path, augmentation):
-    """The heatmaps that are learned and the decoder that reads them agree to a tenth of a pixel of the image."""
+    """The decoder maps the target heatmaps back to the joints, within 0.15 pixels of the image."""
     run = training(tmp_path, data__augmentation=augmentation)
     batch = next(iter(run.loader))
-    images, target, valid = run._prepare_batch(batch)
+    images, target, valid = run.optimization.prepare(batch)
     assert images.shape == (4, 3, 64, 64) and images.is_contiguous(memory_format=torch.channels_last)
-    plain = (batch["image"].float() / 255 - run._mean) / run._std
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (run.networks.generator.mean, run.networks.generator.std))
+    plain = (batch["image"].float() / 255 - mean) / std
     torch.testing.assert_close(images, plain)
     found, _ = decode_heatmaps(target, refine="dark", affine=heatmap_to_image(batch["to_image"], 4))
     order = torch.tensor(run.data.skeleton.flip_index)
     joints = torch.where(batch["flipped"][:, None, None], batch["image_joints"][:, order], batch["image_joints"])
-    inner = valid & (batch["joints"] > 16).all(-1) & (batch["joints"] < 48).all(-1)  # the border cuts no Gaussian
+    inner = valid & (batch["joints"] > 16).all(-1) & (batch["joints"] < 48).all(-1)  # Gaussians within the border
     assert inner.sum() > 20
     assert (found - joints)[inner].abs().max() < 0.15
     assert (target[~valid] == 0).all()
 
 
-def test_packed_and_device_side_augmentation(tmp_path):
-    """Crops warped in one go on the device are those that the workers make; held out people are never trained on."""
+def test_crop_archive_and_augmentation_on_the_device(tmp_path):
+    """Crops warped as a batch on the device equal those of the workers; held-out people are not trained on."""
     make.lspet(tmp_path / "lspet", S=9)
     pack(load_lspet(tmp_path / "lspet", "all"), tmp_path / "a.pack", 64, quality=95)
     settings = {"data.archive": str(tmp_path / "a.pack"), "data.holdout": 2, "data.augmentation": "sports"}
@@ -79,15 +57,15 @@ def test_packed_and_device_side_augmentation(tmp_path):
     assert data.validation.augmentation is None and data.training.augmentation is SPORTS
     run = PoseTraining(config, tmp_path / "run", quiet_console())
     there = next(iter(run.loader))
-    run.data = training_data(config, on_device=True)
-    here = torch.utils.data.default_collate([run.data.training[0, int(i)] for i in there["index"]])
+    run.optimization.data = training_data(config, on_device=True)
+    here = torch.utils.data.default_collate([run.optimization.data.training[0, int(i)] for i in there["index"]])
     assert "warp" in here
-    on_host, on_device = run._prepare_batch(there), run._prepare_batch(here)
+    on_host, on_device = run.optimization.prepare(there), run.optimization.prepare(here)
     assert (on_host[0] - on_device[0]).abs().mean() < 0.1
     assert torch.equal(on_host[1], on_device[1]) and torch.equal(on_host[2], on_device[2])
 
 
-def test_data_set_with_hold_out(tmp_path):
+def test_data_set_with_holdout(tmp_path):
     make.lspet(tmp_path / "lspet", S=9)
     settings = {"data.root": str(tmp_path / "lspet"), "data.holdout": 2, "data.batch_size": 4, "data.input_size": 64}
     data = training_data(preset("lspet-small").override(settings))
@@ -96,11 +74,11 @@ def test_data_set_with_hold_out(tmp_path):
         training_data(preset("lspet-small").override({**settings, "data.holdout": 9}))
     with pytest.raises(ValueError, match=r"data\.batch_size: expected at most the 7 people, got 8"):
         training_data(preset("lspet-small").override({**settings, "data.batch_size": 8}))
-    with pytest.raises(ValueError, match=r"data\.root: 'lspet' needs its folder"):
+    with pytest.raises(ValueError, match=r"data\.root: 'lspet' requires the data set's folder"):
         training_data(preset("lspet-small"))
 
 
-def test_drawn_figures_are_not_validated_on_themselves():
+def test_synthetic_training_and_validation_figures_differ():
     data = training_data(TINY)
     one, other = data.training[0]["image"], data.validation[0]["image"]
     assert isinstance(data.validation, SyntheticFigures) and not torch.equal(one, other)
@@ -109,7 +87,7 @@ def test_drawn_figures_are_not_validated_on_themselves():
 # ---------------------------------------------------------------------- the loop
 
 
-def test_a_whole_run(tmp_path):
+def test_complete_run(tmp_path):
     run = training(tmp_path / "run", run__tensorboard=True)
     summary = run.run()
     out = tmp_path / "run"
@@ -125,7 +103,7 @@ def test_a_whole_run(tmp_path):
         model = load_model(out / folder)
         assert model.skeleton.name == "lsp14" and model.input_size == 64
         assert json.loads((out / folder / "train.json").read_text()) == run.config.to_dict()
-    # What is shipped is the average, not the weights of the last step.
+    # The moving average is saved, not the weights of the last step.
     shipped = load_file(out / "last" / "model.safetensors")
     tensors, facts = checkpoints.load_state(out / "last")
     raw, average = checkpoints.part("generator", tensors), checkpoints.part("average.module", tensors)
@@ -140,15 +118,15 @@ def test_a_whole_run(tmp_path):
     assert [event.step for event in events.Scalars("validation/PCK@0.2")] == [6, 9]
     assert events.Tags()["images"] == ["overlays"]
     lines = text_of(run).splitlines()
-    assert "12 people to train on, 6 for validation" in lines[0] and lines[1].startswith("epoch 1/3  loss ")
+    assert "12 people for training, 6 for validation" in lines[0] and lines[1].startswith("epoch 1/3  loss ")
 
 
 @pytest.mark.parametrize(
     ("loss", "function", "nothing", "learned"),
-    [("l2", "heatmap_loss", 0.0, 0.85), ("cross-entropy", "region_cross_entropy", -3.9, 0.7)],
+    [("l2", heatmap_loss, 0.0, 0.85), ("cross-entropy", region_cross_entropy, -3.9, 0.7)],
 )
-def test_it_learns(tmp_path, loss, function, nothing, learned):
-    """Two figures by heart: far below the error of (nearly) empty heatmaps, at which training starts."""
+def test_loss_decreases(tmp_path, loss, function, nothing, learned):
+    """Overfitting two figures: the loss starts at that of (nearly) empty heatmaps and ends far below it."""
     run = training(
         tmp_path,
         discriminator=None,
@@ -163,34 +141,31 @@ def test_it_learns(tmp_path, loss, function, nothing, learned):
         optimizer__lr=3e-3,
         schedule__epochs=100,
     )
-    run._save_generator = lambda *_: None  # a hundred epochs of two figures: nothing worth keeping
-    _, target, valid = run._prepare_batch(next(iter(run.loader)))
-    empty = float(getattr(trainer, function)(torch.full_like(target, nothing), target, valid))
+    _, target, valid = run.optimization.prepare(next(iter(run.loader)))
+    empty = float(function(torch.full_like(target, nothing), target, valid))
     run.run()
     losses = [row["heatmap"] for row in history(tmp_path)]
     assert losses[0] > 0.8 * empty and losses[-1] < learned * empty
 
 
 def test_moving_average(tmp_path):
-    """The average is the recursion with min(decay, (1 + n) / (10 + n)), statistics of batch normalization too."""
-    run = training(tmp_path, schedule__epochs=2, run__ema_decay=0.25)
-    name = next(name for name, _ in run.generator.named_buffers() if name.endswith("running_mean"))
-    expected, after = {}, PoseTraining._after_step
+    """The average follows the recursion with min(decay, (1 + n) / (10 + n)), including batch norm statistics."""
+    expected = {}
 
-    def follow(self):
-        n = self.step - 1
+    def follow(run, parts, terms):
+        n = run.progress.step - 1
         decay = min(0.25, (1 + n) / (10 + n))
         for key in (name, "blocks.0.score.weight"):
-            now = self.generator.state_dict()[key].clone()
+            now = run.networks.generator.state_dict()[key].clone()
             expected[key] = now if n == 0 else decay * expected[key] + (1 - decay) * now
-        after(self)
 
-    run._after_step = lambda: follow(run)
+    run = training(tmp_path, schedule__epochs=2, run__ema_decay=0.25, on_step=follow)
+    name = next(name for name, _ in run.networks.generator.named_buffers() if name.endswith("running_mean"))
     run.run()
-    found = run.average.module.state_dict()
+    found = run.networks.average.module.state_dict()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value)
-    assert not torch.equal(found[name], run.generator.state_dict()[name])
+    assert not torch.equal(found[name], run.networks.generator.state_dict()[name])
 
 
 def test_without_discriminator_average_and_validation(tmp_path):
@@ -203,7 +178,7 @@ def test_without_discriminator_average_and_validation(tmp_path):
         optimizer__clip=0,
     )
     summary = run.run()
-    assert run.discriminator is None and "validation" not in summary
+    assert run.networks.discriminator is None and "validation" not in summary
     row = history(tmp_path)[0]
     assert "k" not in row and "fake" not in row and "norm" not in row
     tensors, _ = checkpoints.load_state(tmp_path / "last")
@@ -214,39 +189,45 @@ def test_without_discriminator_average_and_validation(tmp_path):
 
 def test_both_networks_move_and_the_balance(tmp_path):
     run = training(tmp_path, schedule__epochs=1)
-    before = {name: value.clone() for name, value in run.discriminator.named_parameters()}
+    before = {name: value.clone() for name, value in run.networks.discriminator.named_parameters()}
     run.run()
-    moved = [name for name, value in run.discriminator.named_parameters() if not torch.equal(value, before[name])]
+    moved = [
+        name for name, value in run.networks.discriminator.named_parameters() if not torch.equal(value, before[name])
+    ]
     assert len(moved) > 0.9 * len(before)
-    assert 0 < float(run.balance.k) < 1
+    assert 0 < float(run.networks.balance.k) < 1
 
 
 def test_the_balance_follows_equation_20(tmp_path):
     run = training(tmp_path, balance__k=0.3, balance__step=0.5, schedule__epochs=1)
     k = 0.3
-    run._pending = []
     for parts in zip(run.loader, strict=True):
-        run._step(parts)
-        real, fake = run._pending[-1][3:5].tolist()
+        real, fake = run.train_step(parts)[3:5].tolist()
         k = min(1.0, max(0.0, k + 0.5 * (0.5 * real - fake)))
-        assert float(run.balance.k) == pytest.approx(k, rel=1e-5)
+        assert float(run.networks.balance.k) == pytest.approx(k, rel=1e-5)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
-    """Parts with different numbers of annotated joints: each joint counts once. (Statistics of batch normalization
-    are those of a part, so they are held fixed here.)"""
+    """Parts with different numbers of annotated joints: each joint has the same weight. (Batch normalization uses the
+    statistics of a part, so it is in evaluation mode here.)"""
     results = []
     for parts in (1, 2):
         run = training(tmp_path / str(parts), run__accumulation=parts, balance__k=0.5, optimizer__clip=1e9)
-        run.generator.eval()
-        run.discriminator.eval()
+        run.networks.generator.eval()
+        run.networks.discriminator.eval()
         batch = torch.utils.data.default_collate([run.data.training[0, i] for i in range(4)])
         batch["valid"][:2, :9] = False
         size = 4 // parts
-        run._step([{name: v[i * size : (i + 1) * size] for name, v in batch.items()} for i in range(parts)])
-        gradients = {name: p.grad.clone() for name, p in run.generator.named_parameters() if p.grad is not None}
-        judge = {name: p.grad.clone() for name, p in run.discriminator.named_parameters() if p.grad is not None}
-        results.append((run._pending[0], gradients, judge))
+        terms = run.train_step(
+            [{name: v[i * size : (i + 1) * size] for name, v in batch.items()} for i in range(parts)]
+        )
+        gradients = {
+            name: p.grad.clone() for name, p in run.networks.generator.named_parameters() if p.grad is not None
+        }
+        judge = {
+            name: p.grad.clone() for name, p in run.networks.discriminator.named_parameters() if p.grad is not None
+        }
+        results.append((terms, gradients, judge))
     (one, *gradients), (two, *others) = results
     torch.testing.assert_close(one[[0, 1, 2, 3, 4]], two[[0, 1, 2, 3, 4]], rtol=1e-4, atol=1e-7)
     for a, b in zip(gradients, others, strict=True):
@@ -259,15 +240,15 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
 def test_low_precision(tmp_path, precision):
     run = training(tmp_path, run__precision=precision, schedule__epochs=1)
     seen = []
-    layer = next(module for module in run.generator.modules() if isinstance(module, torch.nn.Conv2d))
+    layer = next(module for module in run.networks.generator.modules() if isinstance(module, torch.nn.Conv2d))
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     run.run()
     assert seen and set(seen) == {torch.bfloat16}
-    assert run.generator.state_dict()["blocks.0.score.weight"].dtype == torch.float32
+    assert run.networks.generator.state_dict()["blocks.0.score.weight"].dtype == torch.float32
 
 
-def test_a_scaled_loss_makes_the_same_step(tmp_path):
-    """What fp16 does on a GPU, here in float32: one scaler for two optimizers, gradients divided by the scale once."""
+def test_loss_scaling_does_not_change_the_step(tmp_path):
+    """As in fp16 on a GPU, here in float32: two optimizers share a scaler, and gradients are unscaled once."""
     results = []
     for scale in (None, 1024.0):
         run = training(tmp_path / str(scale), optimizer__clip=0.05)
@@ -275,179 +256,37 @@ def test_a_scaled_loss_makes_the_same_step(tmp_path):
             run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
         losses = []
         for parts in zip(run.loader, strict=True):
-            run._step(parts)
-            losses.append(run._pending[-1])
-        weights = [*run.generator.parameters(), *run.discriminator.parameters()]
+            losses.append(run.train_step(parts))
+        weights = [*run.networks.generator.parameters(), *run.networks.discriminator.parameters()]
         results.append((torch.stack(losses), torch.cat([p.detach().flatten() for p in weights])))
         if scale:
-            assert run.accelerator.scaler.get_scale() == 2 * scale, "grown once in three steps, not once an optimizer"
+            assert run.accelerator.scaler.get_scale() == 2 * scale, (
+                "expected one growth in three steps, not one per optimizer"
+            )
     (losses, weights), (scaled_losses, scaled_weights) = results
     torch.testing.assert_close(losses, scaled_losses, rtol=1e-3, atol=1e-6)
     assert torch.linalg.vector_norm(weights - scaled_weights) < 1e-3 * torch.linalg.vector_norm(weights)
 
 
-def test_fp16_needs_a_gpu(tmp_path):
-    with pytest.raises(ValueError, match=r"run\.precision: fp16 needs a GPU"):
+def test_fp16_requires_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.precision: fp16 requires a GPU"):
         training(tmp_path, run__precision="fp16")
 
 
-def test_init_takes_what_fits(tmp_path):
+def test_init_loads_matching_tensors(tmp_path):
     training(tmp_path / "a", schedule__epochs=1).run()
     run = training(tmp_path / "b", run__init=str(tmp_path / "a" / "best"), generator__blocks=2, schedule__epochs=1)
     start = load_file(tmp_path / "a" / "best" / "model.safetensors")
-    own = run.generator.state_dict()
+    own = run.networks.generator.state_dict()
     assert all(torch.equal(own[name], value) for name, value in start.items())
-    average = run.average.module.state_dict()
+    average = run.networks.average.module.state_dict()
     assert all(torch.equal(average[name], own[name]) for name in own)
     run.run()
-    assert "  not there: blocks.1.score.weight" in text_of(run)
-    assert f"{len(start)} tensors taken" in text_of(run)
+    assert "  missing: blocks.1.score.weight" in text_of(run)
+    assert f"{len(start)} tensors loaded" in text_of(run)
 
 
-# ---------------------------------------------------------------------- checkpoints
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"data__augmentation": "default", "data__workers": 1},
-        {"discriminator": None, "run__ema_decay": 0.0, "run__accumulation": 2, "run__precision": "bf16"},
-    ],
-    ids=["adversarial, workers", "plain, accumulated, bf16"],
-)
-def test_resumed_bit_for_bit(tmp_path, monkeypatch, settings):
-    """Nine steps, against five (the middle of the second epoch), the rest in another run."""
-    training(tmp_path / "straight", **settings).run()
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(Interrupted, match="SIGTERM: stopped after step 5"):
-            training(tmp_path / "parts", **settings).run()
-    _, facts = checkpoints.load_state(tmp_path / "parts" / "last")
-    assert (facts["epoch"], facts["epoch_step"], facts["step"]) == (1, 2, 5)
-    torch.manual_seed(999)  # whatever happened in between
-    run = training(tmp_path / "parts", resume=True, **settings)
-    run.run()
-    assert "going on after step 5, in epoch 2" in text_of(run)
-    one, facts_one = checkpoints.load_state(tmp_path / "straight" / "last")
-    two, facts_two = checkpoints.load_state(tmp_path / "parts" / "last")
-    assert one.keys() == two.keys()
-    different = [name for name in one if not torch.equal(one[name], two[name])]
-    assert not different
-    assert facts_one["best"] == facts_two["best"]
-    rows, others = history(tmp_path / "straight"), history(tmp_path / "parts")
-    for row, other in zip(rows, others, strict=True):
-        for name in row.keys() - {"seconds", "images/s"}:
-            assert row[name] == pytest.approx(other[name], rel=1e-9), name
-    best = [load_file(tmp_path / name / "best" / "model.safetensors") for name in ("straight", "parts")]
-    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
-
-
-def test_resume_starts_where_there_is_nothing(tmp_path):
-    training(tmp_path, resume=True, schedule__epochs=1).run()
-    with pytest.raises(ValueError, match="holds a training run already; go on with --resume"):
-        training(tmp_path)
-    longer = training(tmp_path, resume=True, schedule__epochs=2)
-    assert longer.run()["step"] == 6
-
-
-def test_resume_refuses_another_network_or_batch(tmp_path):
-    training(tmp_path, schedule__epochs=1).run()
-    with pytest.raises(ValueError, match="its networks are not those of this configuration"):
-        training(tmp_path, resume=True, generator__blocks=2)
-    with pytest.raises(ValueError, match="made 3 steps by epoch 2, which doesn't fit 6 steps in an epoch"):
-        training(tmp_path, resume=True, data__batch_size=2)
-
-
-def test_history_forgets_what_is_done_again(tmp_path):
-    training(tmp_path, schedule__epochs=2).run()
-    with open(tmp_path / "history.jsonl", "a") as file:
-        file.write(json.dumps({"epoch": 3, "step": 9}) + "\n" + '{"epoch": 4, "st')
-    training(tmp_path, resume=True).run()
-    assert [row["step"] for row in history(tmp_path)] == [3, 6, 9] and "loss" in history(tmp_path)[-1]
-
-
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save(tmp_path, monkeypatch, which):
-    after = PoseTraining._after_step
-
-    def kill(self):
-        if self.step == 4:
-            os.kill(os.getpid(), which)
-        after(self)
-
-    monkeypatch.setattr(PoseTraining, "_after_step", kill)
-    before = signal.getsignal(which)
-    with pytest.raises(Interrupted, match=f"{which.name}: stopped after step 4; .*last is saved"):
-        training(tmp_path, run__log_every=100).run()
-    assert signal.getsignal(which) is before
-    assert checkpoints.load_state(tmp_path / "last")[1]["step"] == 4
-
-
-def test_interrupted_while_validating(tmp_path, monkeypatch):
-    """The epoch is not counted as done; it is validated when the run goes on."""
-    evaluate = PoseTraining._evaluate
-
-    def asked(self, *args, **options):
-        self._stop = "SIGINT"
-        return evaluate(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PoseTraining, "_evaluate", asked)
-        with pytest.raises(Interrupted, match="stopped after step 6"):
-            training(tmp_path).run()
-    facts = checkpoints.load_state(tmp_path / "last")[1]
-    assert (facts["epoch"], facts["epoch_step"]) == (1, 3)
-    training(tmp_path, resume=True).run()
-    assert [row["step"] for row in history(tmp_path) if "PCK@0.2" in row] == [6, 9]
-
-
-def test_checkpoints_within_an_epoch(tmp_path, monkeypatch):
-    saved = []
-    save = PoseTraining._save
-    monkeypatch.setattr(PoseTraining, "_save", lambda self: (saved.append(self.step), save(self)))
-    training(tmp_path / "steps", run__checkpoint_steps=2, schedule__epochs=2).run()
-    assert saved == [2, 3, 4, 6]
-    saved.clear()
-    training(tmp_path / "time", run__checkpoint_minutes=1e-9, run__log_every=1, schedule__epochs=1).run()
-    assert saved == [1, 2, 3]
-
-
-# ---------------------------------------------------------------------- broken losses
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_loss_stops_the_run(tmp_path, monkeypatch, value):
-    calls = []
-
-    def broken(heatmaps, target, valid, count=None):
-        calls.append(1)
-        loss = original(heatmaps, target, valid, count)
-        return loss * value if len(calls) == 5 else loss
-
-    original = trainer.heatmap_loss
-    monkeypatch.setattr(trainer, "heatmap_loss", broken)
-    terms = rf"the loss of step 5 is not finite \(loss {value}, heatmap {value}, mil 0\."
-    with pytest.raises(NotFinite, match=terms) as error:
-        training(tmp_path, run__log_every=100).run()
-    assert f"the last good checkpoint is {tmp_path / 'last'}, of step 3" in str(error.value)
-    tensors, facts = checkpoints.load_state(tmp_path / "last")
-    assert facts["step"] == 3 and all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
-
-
-def test_broken_weights_are_not_saved(tmp_path, monkeypatch):
-    """A finite loss whose gradient isn't: the checkpoint that is due is not written."""
-
-    def broken(heatmaps, target, valid, count=None):
-        return original(heatmaps, target, valid, count) + (heatmaps.sum() * 0).sqrt()
-
-    original = trainer.heatmap_loss
-    monkeypatch.setattr(trainer, "heatmap_loss", broken)
-    with pytest.raises(NotFinite, match=r"weights are not finite after step 1; there is no checkpoint yet"):
-        training(tmp_path, optimizer__clip=0, discriminator=None, run__checkpoint_steps=1).run()
-    assert not (tmp_path / "last").exists()
-
-
-def test_train_is_the_same_in_one_call(tmp_path):
+def test_train_function(tmp_path):
     console = quiet_console()
     summary = train(TINY.override({"schedule.epochs": 1}), tmp_path, console)
     assert summary["epochs"] == 1 and "epoch 1/1" in console.file.getvalue()

@@ -1,4 +1,4 @@
-"""Folders of images, bounding boxes from JSON files, videos, UCF11, and the discovery of inputs."""
+"""Image folders, bounding boxes from JSON files, videos, UCF11, and input discovery."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_folder_with_and_without_boxes(tmp_path):
     assert people.boxes.tolist() == [[1, 2, 30, 20], [5, 5, 10, 10], [0, 0, 9, 9]]
 
 
-def test_boxes_by_row(tmp_path):
+def test_boxes_from_result_rows(tmp_path):
     path = tmp_path / "boxes.json"
     rows = [
         {"image_id": 12, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9},
@@ -61,7 +61,7 @@ def test_boxes_by_row(tmp_path):
         ("{", "expected a JSON file"),
     ],
 )
-def test_bad_boxes(tmp_path, content, message):
+def test_invalid_boxes(tmp_path, content, message):
     (tmp_path / "boxes.json").write_text(content)
     with pytest.raises(DataError, match=f"boxes.json: {message}"):
         Boxes(tmp_path / "boxes.json")
@@ -123,7 +123,7 @@ def test_ucf11(tmp_path):
         find_ucf11(tmp_path, ["swing"])
 
 
-def test_inputs(tmp_path):
+def test_find_inputs(tmp_path):
     make.picture(tmp_path / "b.jpg", 20, 20)
     make.picture(tmp_path / "deep/a.PNG", 20, 20)
     (tmp_path / "notes.txt").write_text("not an image")

@@ -1,4 +1,4 @@
-"""The generator that comes with the package."""
+"""The pretrained generator shipped with the package."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.helpers import SHARED
 LSPET = SHARED / "data" / "lspet"
 
 
-def test_they_are_here_and_small():
+def test_shipped_files():
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 20e6
     assert "licen" in (SHIPPED / "README.md").read_text().lower()
     generator = load_model()
@@ -21,9 +21,9 @@ def test_they_are_here_and_small():
     assert all(value.isfinite().all() for value in generator.state_dict().values())
 
 
-@pytest.mark.skipif(not LSPET.is_dir(), reason=f"LSPET is not at {LSPET}")
-def test_they_find_people():
-    """Sixty of the images that were not trained on: about what the model card says of all 500."""
+@pytest.mark.skipif(not LSPET.is_dir(), reason=f"{LSPET} not found")
+def test_accuracy():
+    """PCK on 60 of the 500 validation images, close to the model card's result on all of them."""
     people = load("lspet", LSPET, "val", crop="joints", skip_bad=True, check_images=False).subset(np.arange(60))
     predictor = Predictor(load_model())
     samples = [PoseDataset(people, predictor.size)[i] for i in range(len(people))]

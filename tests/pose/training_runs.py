@@ -1,18 +1,21 @@
-"""What the tests of training share: a run so small that a step takes milliseconds."""
+"""Shared by the tests of training: a configuration so small that a step takes milliseconds."""
 
 import dataclasses
 import io
+import json
 
 import pytest
 import torch
 from rich.console import Console
 
-from amil_fast.pose.training.config import (
+from amil_fast.pose import heatmap_loss
+from amil_fast.pose.training import (
     DataConfig,
     DiscriminatorConfig,
     GeneratorConfig,
     LossConfig,
     OptimizerConfig,
+    PoseTraining,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
@@ -40,7 +43,7 @@ TINY = TrainConfig(
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """For a module that imports it: one thread, as TINY asks for, and what there was before for those that follow."""
+    """Restores the number of threads after each test of a module that imports this fixture (TINY sets one)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +51,7 @@ def one_thread():
 
 
 class WithGaps(torch.utils.data.Dataset):
-    """A pose data set in which some joints are not annotated, in every crop others."""
+    """A pose data set in which some joints, different ones in each crop, are not annotated."""
 
     def __init__(self, dataset):
         self.dataset, self.skeleton = dataset, dataset.skeleton
@@ -62,12 +65,37 @@ class WithGaps(torch.utils.data.Dataset):
         return sample
 
 
-def data_with_gaps(config, **options):
-    """As ``training_data``."""
-    data = training_data(config, **options)
+def data_with_gaps(config):
+    """The data of a configuration, with :class:`WithGaps` for training."""
+    data = training_data(config)
     return dataclasses.replace(data, training=WithGaps(data.training))
 
 
 def quiet_console():
-    """A console whose text is ``console.file.getvalue()``."""
+    """A console that prints to ``console.file``, a StringIO."""
     return Console(file=io.StringIO(), width=300)
+
+
+def training(out, *, resume=False, data=None, on_step=None, on_save=None, heatmap_loss=heatmap_loss, **settings):
+    """A run of TINY with some settings changed: ``data__workers=1`` sets ``data.workers``."""
+    config = TINY.override({name.replace("__", "."): value for name, value in settings.items()})
+    options = {"resume": resume, "data": data, "on_step": on_step, "on_save": on_save, "heatmap_loss": heatmap_loss}
+    return PoseTraining(config, out, quiet_console(), **options)
+
+
+def text_of(run):
+    return run.console.file.getvalue()
+
+
+def history(out):
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def stop_after(step):
+    """A callback that requests a stop after a step, as a signal would."""
+
+    def on_step(run, parts, terms):
+        if run.progress.step == step:
+            run.stop.request("SIGTERM")
+
+    return on_step

@@ -1,4 +1,4 @@
-"""Run by torchrun as two processes, from test_distributed.py: ``two_processes.py OUT``."""
+"""Run by test_distributed.py under torchrun with two processes: ``two_processes.py OUT``."""
 
 import json
 import sys
@@ -6,20 +6,26 @@ from pathlib import Path
 
 import torch
 
-from amil_fast.pose.training import trainer
+from amil_fast.pose.training import PoseTraining
 from amil_fast.pose.training.distributed import SyncedBatchNorm2d, synchronize_batch_norm
-from amil_fast.pose.training.trainer import PoseTraining
 from tests.helpers import exit_worker
 from tests.pose.training_runs import TINY, data_with_gaps, quiet_console
 
 out = Path(sys.argv[1])
 settings = json.loads((out / "settings.json").read_text())
-trainer.training_data = data_with_gaps
-run = PoseTraining(TINY.override(settings), out / "run", quiet_console())
+losses = []  # of each step: indices of the samples, loss terms
+
+
+def follow(run, parts, terms):
+    losses.append([part["index"].tolist() for part in parts] + [terms.tolist()])
+
+
+config = TINY.override(settings)
+run = PoseTraining(config, out / "run", quiet_console(), data=data_with_gaps(config), on_step=follow)
 assert run.world == 2, f"torchrun started {run.world}"
 rank = run.accelerator.process_index
 
-# Batch normalization of a batch in two halves, in float64, against what the parent process made of the whole.
+# Batch normalization of a batch in two halves, in float64; the test compares it with that of the whole batch.
 case = torch.load(out / "norm.pt", weights_only=True)
 layer = torch.nn.BatchNorm2d(case["x"].shape[1], momentum=0.3).double()
 layer.load_state_dict(case["before"])
@@ -27,7 +33,7 @@ model = synchronize_batch_norm(torch.nn.Sequential(layer), "cpu")
 assert type(model[0]) is SyncedBatchNorm2d and model[0].weight is layer.weight
 half = case["x"].chunk(2)[rank].clone().requires_grad_()
 y = model(half)
-# Each process's loss is the mean over its half, as in training: the loss of all is their mean.
+# As in training, the loss of a process is the mean over its share, and the total loss is the mean over processes.
 (2 * (y * case["upstream"].chunk(2)[rank]).sum()).backward()
 gradients = [half.grad / 2, layer.weight.grad, layer.bias.grad]
 for gradient in gradients[1:]:
@@ -39,19 +45,8 @@ model.eval()
 found["evaluated"] = model(half).detach()
 torch.save(found, out / f"norm{rank}.pt")
 
-# Every step's losses, in the order of a run.
-losses = []
-step = run._step
-
-
-def follow(parts):
-    step(parts)
-    losses.append([part["index"].tolist() for part in parts] + [run._pending[-1].tolist()])
-
-
-run._step = follow
 summary = run.run()
 (out / f"rank{rank}.json").write_text(json.dumps({"losses": losses, "summary": summary}))
-weights = torch.cat([p.detach().flatten() for p in run.generator.parameters()])
+weights = torch.cat([p.detach().flatten() for p in run.networks.generator.parameters()])
 torch.save(weights, out / f"weights{rank}.pt")
 exit_worker(out, rank)

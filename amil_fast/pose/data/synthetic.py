@@ -174,10 +174,10 @@ class _Canvas:
 
     def background(self):
         rng, n = self.rng, self.size * 2
-        corners = rng.integers(30, 225, (2, 2, 1)) + rng.normal(0, 35, (2, 2, 3))
+        corners = rng.integers(30, 225, (2, 2, 1)) + rng.normal(0, 16, (2, 2, 3))
         corners = np.clip(corners, 0, 255).astype(np.float32)
         self.image = cv2.resize(corners, (n, n), interpolation=cv2.INTER_LINEAR)
-        coarse = rng.normal(0, 14, (n // 16 + 1, n // 16 + 1, 3)).astype(np.float32)
+        coarse = rng.normal(0, 7, (n // 16 + 1, n // 16 + 1, 3)).astype(np.float32)
         self.image = np.clip(self.image + cv2.resize(coarse, (n, n), interpolation=cv2.INTER_CUBIC), 0, 255)
         self.image = self.image.astype(np.uint8)
         for _ in range(rng.integers(2, 7)):

@@ -102,9 +102,9 @@ def score(
     for other in (confusion, errors):
         other.update(predictions, joints, valid, sizes)
     table, counts, histogram = pck.compute(), confusion.compute(), errors.compute()
-    by_sample, counted = normalized_errors(predictions, joints, sizes, valid)
+    normalized, counted = normalized_errors(predictions, joints, sizes, valid)
     # Clipped, so that a single distant joint does not dominate a person's mean error.
-    by_sample = torch.where(counted, by_sample.clamp(max=1.0), torch.nan)[:, list(skeleton.scored)].nanmean(1).numpy()
+    by_sample = torch.where(counted, normalized.clamp(max=1.0), torch.nan)[:, list(skeleton.scored)].nanmean(1).numpy()
     summary = summarize(table, counts, histogram, skeleton, name, radius)
     if metric == "pck":
         given = truth.sizes is not None

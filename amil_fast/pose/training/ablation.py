@@ -1,14 +1,17 @@
-"""Ablation study: the same training with and without each component of the method, over several seeds."""
+"""Ablation study: trainings that differ in one setting each, over several seeds."""
 
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,20 +19,22 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from amil_fast.pose.data.loader import cores
-from amil_fast.pose.evaluation.scoring import headline
+from amil_fast.pose.evaluation import headline, scores_of_groups
 from amil_fast.pose.training.checkpoints import STATE, load_state
 from amil_fast.pose.training.config import TrainConfig, from_dict
-from amil_fast.pose.training.trainer import Interrupted, NotFinite, train
-from amil_fast.utils.files import atomic_path, write_json
+from amil_fast.pose.training.meter import NotFinite
+from amil_fast.pose.training.signals import Interrupted, StopRequest
+from amil_fast.pose.training.trainer import train
+from amil_fast.utils.files import atomic_path, read_json
 
-OUTPUT = "output.txt"  # console output of a run, in its folder
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-Rows = dict[tuple[str, str], list[tuple[str, TrainConfig]]]
+OUTPUT = "output.txt"  # in a run's folder: what its process printed
+_POLL = 0.2  # seconds between checks for a requested stop
+_GRACE = 15.0  # seconds that a stopped process has for saving its state
 
 _PLAIN = {"generator.blocks": 0, "discriminator": None, "loss.mil": 0.0}
 _REGIONS = {"discriminator": None}
-# Group -> name of a row -> settings that replace the base configuration's. A row in several groups is trained once.
-GROUPS = {
+# Group -> row -> settings that override the base configuration's. A row in several groups is trained once.
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "ideas": {  # Fig. 6 and 8
         "backbone + L2": _PLAIN,
         "+ MI-RNet": _REGIONS,
@@ -38,7 +43,7 @@ GROUPS = {
     },
     "pooling": {
         "adjust": _REGIONS,
-        # Mean and max pooling do not squash the bag vector, so that no scale is needed.
+        # Means and maxima are not squashed, so that bag_scale has nothing to compensate.
         "mean": {**_REGIONS, "generator.pooling": "mean", "generator.bag_scale": 1.0},
         "max": {**_REGIONS, "generator.pooling": "max", "generator.bag_scale": 1.0},
         "none": {**_REGIONS, "generator.pooling": "none"},
@@ -49,8 +54,8 @@ GROUPS = {
         "3 FC": {**_REGIONS, "generator.depth": 3},
     },
     "routing": {f"T = {T}": {**_REGIONS, "generator.num_iters": T} for T in (1, 2, 3, 5)},
-    # With losses that are means over pixels, about 0.01, Chou et al.'s constants leave k at 0 for thousands of steps
-    # and the adversarial term at 1e-4 of the loss. Remedies: k by sums over a map, and a larger weight of the term.
+    # Our losses are means over pixels, about 0.01: with the constants of Chou et al., k stays at 0 for thousands of
+    # steps and the adversarial term at 1e-4 of the loss. A larger step corresponds to sums over a map.
     "adversary": {
         "constants of Chou et al.": {},
         "k by sums": {"balance.step": 0.5},
@@ -60,20 +65,25 @@ GROUPS = {
 }
 
 
-def plan(base: TrainConfig, groups: Iterable[str], seeds: Iterable[int]) -> Rows:
-    """Plans the runs of a study: ``{(group, row): [(folder name, TrainConfig) per seed]}``.
+# (group, row) -> for each seed the name of the run's folder and its configuration
+Plan = dict[tuple[str, str], list[tuple[str, TrainConfig]]]
+
+
+def plan(base: TrainConfig, groups: Iterable[str], seeds: Sequence[int]) -> Plan:
+    """Returns the runs of a study.
 
     Args:
-        base: the :class:`~amil_fast.pose.training.config.TrainConfig` with all components enabled.
-        groups: some of :data:`GROUPS`.
-        seeds: seeds of weights, sample order and augmentation, the same for every row.
+        base: configuration with all of the paper's ideas.
+        groups: names in :data:`GROUPS`.
+        seeds: seeds of weights, order and augmentation; the same for every row.
 
     Raises:
-        ValueError: an unknown group, no seeds, or a base without the components that a group removes.
+        ValueError: unknown group, no seeds, or a base without what a group removes.
     """
     if not seeds:
         raise ValueError("seeds: expected at least one")
-    rows, names = {}, {}
+    rows: Plan = {}
+    names: dict[str, str] = {}
     for group in groups:
         if group not in GROUPS:
             raise ValueError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
@@ -91,89 +101,143 @@ def plan(base: TrainConfig, groups: Iterable[str], seeds: Iterable[int]) -> Rows
 
 
 def run(
-    rows: Rows, out: str | os.PathLike, *, jobs: int = 1, on_run: Callable[[int, int], object] | None = None
+    rows: Plan,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    on_run: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Trains the runs that are not complete in ``out``, ``jobs`` at a time, each with an equal share of the cores.
+    """Trains the runs that ``out`` does not contain yet, each in ``out/NAME`` and in a process of its own.
 
-    Every run is a process of its own that writes to ``out/NAME``, its console output to ``out/NAME/output.txt``. An
-    interrupted run resumes from its last checkpoint. After a failure the other runs are completed; an exception in this
-    process (such as KeyboardInterrupt) ends all of them.
+    Unfinished runs are resumed; ``out/NAME/output.txt`` receives their console output. A run that fails does not stop
+    the others.
 
     Args:
-        on_run: called with (completed runs, total runs) at the start and after every completed run.
+        rows: result of :func:`plan`.
+        out: folder of the study.
+        jobs: number of concurrent runs; the cores are divided equally among them.
+        on_run: called with the number of finished runs and of all runs, at the start and after each.
 
     Raises:
-        RuntimeError: runs failed; the message contains the end of their output.
+        RuntimeError: runs failed; the message contains their errors.
+        Interrupted: SIGINT or SIGTERM was received; the running trainings are saved.
     """
-    unique = {name: config for runs in rows.values() for name, config in runs}
-    waiting = [(Path(out) / name, config) for name, config in unique.items()]
-    waiting = [(folder, config) for folder, config in waiting if not (folder / "summary.json").is_file()]
-    done = len(unique) - len(waiting)
-    if on_run is not None:
-        on_run(done, len(unique))
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks of PyTorch
+    out = Path(out)
+    waiting = list({name: config for runs in rows.values() for name, config in runs}.items())
+    total, done, failures = len(waiting), 0, []
     threads = max(1, cores() // jobs)
-    running, failures = {}, []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                folder, config = waiting.pop(0)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "wanted.json", config.to_dict())
-                process = context.Process(target=_train, args=(folder, config, threads))
-                process.start()
-                running[process.sentinel] = process, folder
-            for sentinel in multiprocessing.connection.wait(list(running)):
-                process, folder = running.pop(sentinel)
-                process.join()
-                if process.exitcode:
-                    failures.append(f"{folder}: training exited with code {process.exitcode}: {_output(folder)}")
-                    continue
-                done += 1
-                if on_run is not None:
-                    on_run(done, len(unique))
-    finally:
-        _end([process for process, _ in running.values()])
+    running: list[_Run] = []
+
+    def report():
+        if on_run is not None:
+            on_run(done, total)
+
+    report()
+    with StopRequest() as stop:
+        try:
+            while (waiting or running) and not stop:
+                while waiting and len(running) < jobs:
+                    name, config = waiting.pop(0)
+                    if (out / name / "summary.json").is_file():
+                        done += 1
+                        report()
+                    else:
+                        running.append(_start(out / name, config, threads))
+                ended = connection.wait([each.process.sentinel for each in running], _POLL) if running else []
+                for each in [each for each in running if each.process.sentinel in ended]:
+                    running.remove(each)
+                    error = _error(each)
+                    if error is None:
+                        done += 1
+                        report()
+                    else:
+                        failures.append(error)
+        finally:
+            _end(running)
+        if stop:
+            raise Interrupted(f"{stop.reason}: stopped after {done} of {total} runs; the others resume when run again")
     if failures:
         raise RuntimeError("\n".join(failures))
 
 
-def _train(folder, config, threads):
-    """Main function of a child process."""
+@dataclass
+class _Run:
+    """A training in another process; ``error`` receives the text of an exception."""
+
+    folder: Path
+    process: BaseProcess
+    error: connection.Connection
+
+
+def _start(folder, config, threads):
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_train, args=(folder, config.to_dict(), threads, sender))
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the new process loads its numerical libraries
+    try:
+        process.start()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+    sender.close()
+    return _Run(folder, process, receiver)
+
+
+def _train(folder, content, threads, error):
+    """Target of the process: trains with ``threads`` threads, prints to ``output.txt``, sends an exception's text."""
     output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    for stream in (1, 2):  # file descriptors, so that output of C++ code and loader processes is redirected as well
+    for stream in (1, 2):
         os.dup2(output, stream)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for loader processes
     torch.set_num_threads(threads)
     try:
-        if (folder / "last" / STATE).is_file():
-            config = from_dict(load_state(folder / "last")[1]["config"])
-        train(config, folder, Console(quiet=True), resume=True)
-    except (ValueError, OSError, NotFinite, Interrupted) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if (folder / "last" / STATE).is_file():  # like amil train --resume: the settings that the run was started with
+            content = load_state(folder / "last")[1]["config"]
+        train(from_dict(content), folder, Console(), resume=True)
+    except (ValueError, OSError, NotFinite, Interrupted) as expected:
+        error.send(str(expected))
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        error.send(traceback.format_exc()[-2000:])
+        sys.exit(1)
 
 
-def _output(folder):
-    path = folder / OUTPUT
-    return path.read_text(encoding="utf-8", errors="replace").strip()[-2000:] if path.is_file() else "no output"
+def _error(ended):
+    """The message about a process that has ended, or None if it succeeded."""
+    ended.process.join()
+    if ended.process.exitcode == 0:
+        return None
+    try:
+        text = ended.error.recv()
+    except EOFError:  # killed, or crashed in native code
+        output = ended.folder / OUTPUT
+        text = output.read_text(errors="replace").strip()[-2000:] if output.is_file() else ""
+        text = f"exit code {ended.process.exitcode}{': ' if text else ''}{text}"
+    return f"{ended.folder}: training failed: {text}"
 
 
-def _end(processes):
-    """Ends processes: SIGTERM, on which a run saves its state, and SIGKILL after GRACE seconds."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + GRACE
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+def _end(running):
+    """Stops processes: SIGTERM, on which a training saves its state, then SIGKILL."""
+    for each in running:
+        each.process.terminate()
+    for each in running:
+        each.process.join(_GRACE)
+        if each.process.is_alive():
+            each.process.kill()
+            each.process.join()
 
 
-def results(rows: Rows, out: str | os.PathLike) -> list[dict]:
-    """Scores of the completed runs: ``[{"group", "row", "metric", "seeds", "scores": {joint group: [percent per
-    seed]}, "seconds", "images_per_second"}]``; rows with incomplete runs are omitted."""
+def results(rows: Plan, out: str | Path) -> list[dict[str, Any]]:
+    """Collects the scores of the finished runs.
+
+    Returns:
+        A dict for each row all of whose runs are finished: ``group``, ``row``, ``metric``, ``seeds``, ``scores`` (joint
+        group -> percent for each seed), ``seconds`` and ``images_per_second`` (for each seed).
+    """
     table = []
     for (group, row), runs in rows.items():
         summaries = []
@@ -181,12 +245,12 @@ def results(rows: Rows, out: str | os.PathLike) -> list[dict]:
             path = Path(out) / name / "summary.json"
             if path.is_file():
                 history = (path.parent / "history.jsonl").read_text().splitlines()
-                summaries.append((json.loads(path.read_text()), [json.loads(line) for line in history]))
+                summaries.append((read_json(path), [json.loads(line) for line in history]))
         if len(summaries) < len(runs):
             continue
         validations = [summary["validation"] for summary, _ in summaries]
         metric = headline(validations[0]["metric"])
-        names = [name for name in validations[0][metric] if name not in ("joints", "mean_of_joints")]
+        names = list(scores_of_groups(validations[0][metric]))
         table.append(
             {
                 "group": group,
@@ -201,9 +265,10 @@ def results(rows: Rows, out: str | os.PathLike) -> list[dict]:
     return table
 
 
-def to_markdown(table: list[dict]) -> str:
-    """Mean ± half the range over seeds, per joint group, one table per group of rows."""
-    lines, group = [], None
+def to_markdown(table: list[dict[str, Any]]) -> str:
+    """Formats one table per group: mean ± half the range over the seeds, for each joint group."""
+    lines: list[str] = []
+    group = None
     for entry in table:
         names = list(entry["scores"])
         if entry["group"] != group:
@@ -216,8 +281,8 @@ def to_markdown(table: list[dict]) -> str:
     return "\n".join(lines[1:]) + "\n" if lines else ""
 
 
-def draw(path: str | os.PathLike, table: list[dict]) -> None:
-    """Writes a plot of the mean over joints of every row, one dot per seed."""
+def draw(path: str | Path, table: list[dict[str, Any]]) -> None:
+    """Writes a plot of the mean over joints of each row: a dot per seed, a line at their mean."""
     figure = Figure(figsize=(7, 1.2 + 0.32 * len(table)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -230,7 +295,7 @@ def draw(path: str | os.PathLike, table: list[dict]) -> None:
     axes.set_yticks(range(len(table)), [f"{entry['group']}: {entry['row']}" for entry in table])
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.set_xlabel(f"{table[0]['metric']} in percent, a dot per seed" if table else "")
+    axes.set_xlabel(f"{table[0]['metric']} in percent, one dot per seed" if table else "")
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=110)
 
@@ -238,8 +303,8 @@ def draw(path: str | os.PathLike, table: list[dict]) -> None:
 def _spread(values):
     if any(value is None for value in values):
         return "-"
-    middle = statistics.mean(values)
-    return f"{middle:.1f}" if len(values) == 1 else f"{middle:.1f} ± {(max(values) - min(values)) / 2:.1f}"
+    mean = statistics.mean(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {(max(values) - min(values)) / 2:.1f}"
 
 
 def _slug(text):

@@ -1,13 +1,14 @@
-"""Checkpoints that survive a kill at any moment, without a pickle in them.
+"""Checkpoints of training: safetensors and JSON, written atomically.
 
-A run's folder holds ``last/`` and ``best/``. In both, ``config.json`` and ``model.safetensors`` are the generator as
-``save_pretrained`` writes it, and ``train.json`` the configuration. ``last/state.safetensors`` is everything a run goes
-on from, tensors and (as JSON in its metadata) numbers: one file, so that it can't disagree with itself. Each file is
-written whole beside its place, flushed to the disk and then renamed.
+A run's folder contains ``last/`` and ``best/``. In both, ``config.json`` and ``model.safetensors`` are the generator as
+written by ``save_pretrained``, and ``train.json`` is the training configuration. ``last/state.safetensors`` is the
+complete training state, tensors and (as JSON in its metadata) numbers, in one file, so that they are always consistent.
+Each file is written under a temporary name, flushed to the disk and then renamed.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,21 +16,21 @@ STATE = "state.safetensors"
 VERSION = 1
 
 
-def save_state(folder, tensors, facts):
-    """Writes ``state.safetensors``: name -> tensor, and JSON-able ``facts``."""
+def save_state(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Writes ``state.safetensors``: tensors by name, and ``facts`` that JSON can represent."""
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(tensors, Path(folder) / STATE, metadata={"amil": json.dumps({"version": VERSION, **facts})})
 
 
-def load_state(folder):
-    """``(tensors, facts)`` of :func:`save_state`; ValueError where there is none, or it is damaged or newer."""
+def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Returns ``(tensors, facts)`` of :func:`save_state`; raises ValueError if missing, damaged or newer."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(folder) / STATE
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such training state")
+        raise ValueError(f"{path}: no such training state")
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})["amil"])
@@ -41,45 +42,48 @@ def load_state(folder):
     return tensors, facts
 
 
-def prefixed(prefix, tensors):
-    """``name`` -> ``prefix.name``."""
+def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames ``name`` to ``prefix.name``."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
-def part(prefix, tensors):
-    """The inverse of :func:`prefixed`: what begins with the prefix, without it."""
+def part(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Selects the names that begin with ``prefix.`` and removes it, the inverse of :func:`prefixed`."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def optimizer_tensors(optimizer):
-    """The state of an optimizer as name -> tensor: ``"3.exp_avg"`` is that of its parameter 3."""
+def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
+    """Returns the state of an optimizer by name: ``"3.exp_avg"`` belongs to its parameter 3."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
 
 
-def load_optimizer(optimizer, tensors):
-    """Puts back :func:`optimizer_tensors`; learning rates and other settings stay the optimizer's own."""
-    state = {}
+def load_optimizer(optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Restores :func:`optimizer_tensors`; learning rates and other settings of the optimizer are kept."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         i, _, key = name.partition(".")
         parameter = parameters[int(i)]
         if value.shape == parameter.shape:
-            # In the parameter's own order of axes (channels-last): another order gives other rounding.
+            # In the parameter's memory format (channels-last): another one rounds differently.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(i), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_weights(model, path):
-    """Starts a generator from another: parameters and buffers of equal name and shape are taken.
+def load_weights(model: torch.nn.Module, path: str | Path) -> tuple[int, list[str], list[str]]:
+    """Initializes a model from a file: parameters and buffers of equal name and shape are loaded.
 
     Args:
         path: a folder written by ``save_pretrained``, or a ``.safetensors`` file.
 
     Returns:
-        ``(taken, missing, left)``: numbers of tensors taken, names of the model's that weren't there (or had another
-        shape), names in the file that the model has no place for.
+        ``(taken, missing, unused)``: number of loaded tensors; names in the model that are missing in the file or have
+        another shape there; names in the file that were not loaded.
+
+    Raises:
+        ValueError: not a safetensors file, or no tensor fits.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -89,12 +93,12 @@ def load_weights(model, path):
     if not file.is_file() or file.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a folder with model.safetensors, or a .safetensors file")
     try:
-        there = load_file(file)
+        tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: expected a safetensors file ({error})") from None
     own = model.state_dict()
-    taken = {name: value for name, value in there.items() if name in own and own[name].shape == value.shape}
+    taken = {name: value for name, value in tensors.items() if name in own and own[name].shape == value.shape}
     if not taken:
-        raise ValueError(f"{file}: none of its tensors has the name and shape of one of the generator's")
+        raise ValueError(f"{file}: no tensor has the name and shape of one of the model's")
     model.load_state_dict(taken, strict=False)
-    return len(taken), [name for name in own if name not in taken], [name for name in there if name not in taken]
+    return len(taken), [name for name in own if name not in taken], [name for name in tensors if name not in taken]

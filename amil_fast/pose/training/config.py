@@ -1,4 +1,7 @@
-"""Training configuration as frozen dataclasses."""
+"""Training configuration as frozen dataclasses, to and from JSON.
+
+The names are those of the users' ``train.json`` files.
+"""
 
 import dataclasses
 import json
@@ -9,17 +12,17 @@ from typing import Any
 
 from amil_fast.pose.training.overrides import build, place
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our names -> Accelerate's
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # -> Accelerate's mixed_precision
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "inverse-time")
 HEATMAP_LOSSES = ("l2", "cross-entropy")
 AUGMENTATIONS = ("none", "default", "sports")
-SYNTHETIC = "synthetic"  # name of the synthetic data set
+SYNTHETIC = "synthetic"  # data.dataset: synthetic figures instead of a data set of the registry
 
 
 @dataclass(frozen=True)
 class _BlocksConfig:
-    """Settings of the MI-RNet blocks, common to both networks."""
+    """MI-RNet blocks; the arguments of the same names of both networks."""
 
     depth: int = 3
     pooling: str = "adjust"
@@ -32,16 +35,36 @@ class _BlocksConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig(_BlocksConfig):
-    """Arguments of :class:`~amil_fast.pose.PoseGenerator`; its skeleton and input size come from the data."""
+    """Arguments of :class:`~amil_fast.pose.PoseGenerator`; its skeleton and input size come from the data.
+
+    Attributes:
+        backbone: name of the backbone.
+        features: channels of the feature map.
+        blocks: number of MI-RNet blocks; 0 predicts heatmaps from the backbone linearly, the baseline.
+        depth: fully connected levels of a block.
+        pooling: bag pooling, ``"none"`` for no bag features.
+        num_iters: iterations of adjust pooling.
+        residual: residual connections between levels.
+        bag_scale: factor on the bag features.
+        mil_scale: factor on the instance scores.
+        backend: backend of :func:`amil_fast.adjust_pool`.
+    """
 
     backbone: str = "resnet18"
     features: int = 128
-    blocks: int = 2  # 0: backbone and linear heatmaps, the baseline
+    blocks: int = 2
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig(_BlocksConfig):
-    """Arguments of :class:`~amil_fast.pose.PoseDiscriminator`."""
+    """Arguments of :class:`~amil_fast.pose.PoseDiscriminator`.
+
+    Attributes:
+        use_image: condition the discriminator on the image.
+        features: channels of the feature map.
+        levels: resolution levels.
+        blocks: number of MI-RNet blocks; their settings are those of :class:`GeneratorConfig`.
+    """
 
     use_image: bool = True
     features: int = 64
@@ -54,21 +77,21 @@ class DataConfig:
     """Training and validation data.
 
     Attributes:
-        dataset: a name of the data registry, or ``"synthetic"`` for synthetic figures.
+        dataset: name in the data registry, or ``"synthetic"``.
         root: folder of the data set.
-        split, validation_split: names of its splits; None: the registry's defaults.
-        archive: a crop archive written by ``amil pack``, used instead of ``root``.
-        archive_validation: a crop archive for validation.
-        holdout: number of people, the last of the training data, that are reserved for validation; 0: validate on
-            ``validation_split`` or ``archive_validation``.
-        skip_bad: skip and report invalid entries instead of raising an error.
-        input_size: side length of the square crops in pixels.
-        batch_size: crops per optimizer step, over all processes and accumulated parts.
-        augmentation: ``"none"``, ``"default"`` or ``"sports"`` (any rotation).
+        split, validation_split: splits to train and validate on; by default those that the registry names.
+        archive: crop archive written by ``amil pack``, used instead of ``root``.
+        archive_validation: crop archive to validate on.
+        holdout: number of people, the last ones, that are excluded from training and used for validation; 0 validates
+            on ``validation_split`` or ``archive_validation``.
+        skip_bad: skip invalid entries and list them instead of raising an error.
+        input_size: side of the crops in pixels.
+        batch_size: crops per optimization step, over all processes and accumulated parts.
+        augmentation: ``"none"``, ``"default"`` or ``"sports"`` (rotations by any angle).
         heatmap_std: standard deviation of the target Gaussians in heatmap pixels.
-        workers: loader processes per training process; None: one per core on a GPU, one per eight cores on a CPU.
-        synthetic, synthetic_validation: number of synthetic figures for training and validation.
-        limit: train on the first ``limit`` people only; 0: no limit.
+        workers: loader processes per training process; None: one per core with a GPU, else one per eight cores.
+        synthetic, synthetic_validation: number of synthetic figures.
+        limit: number of people, the first ones, to train on; 0 for all.
     """
 
     dataset: str = "lspet"
@@ -91,8 +114,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """``weight_decay`` acts on weights only, neither on biases nor on normalization; ``clip`` is the largest allowed
-    norm of the gradient, 0 for none; ``discriminator_lr`` None means ``lr``."""
+    """Optimizer of both networks.
+
+    Attributes:
+        name: ``"adam"`` or ``"adamw"``.
+        lr: learning rate of the generator.
+        discriminator_lr: learning rate of the discriminator; None for ``lr``.
+        weight_decay: applied to weights, neither to biases nor to normalization layers.
+        betas: decay rates of the moment estimates.
+        clip: maximum norm of each network's gradient; 0 disables clipping.
+    """
 
     name: str = "adam"
     lr: float = 1e-3
@@ -108,7 +139,7 @@ class LossConfig:
 
     Attributes:
         heatmap: ``"l2"``, the squared error of the heatmaps (the paper's), or ``"cross-entropy"`` of the regions'
-            probabilities, which converges faster and requires ``blocks >= 1`` and ``mil_scale=1``.
+            probabilities, which converges faster and needs a generator with blocks and ``mil_scale=1``.
         adversarial: weight of the adversarial term (Chou et al.: 1e-4).
         mil: weight of the MIL loss (Eq. 10-18).
     """
@@ -120,7 +151,13 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """k_0, ω_k and γ of Eq. 20 with the values of Chou et al."""
+    """Balance of the adversarial losses (Eq. 20); the defaults are those of Chou et al.
+
+    Attributes:
+        k: initial weight k_0 of the generated heatmaps' loss.
+        step: update rate ω_k of k.
+        gamma: target ratio γ of the losses of generated and real heatmaps.
+    """
 
     k: float = 0.0
     step: float = 0.001
@@ -129,10 +166,15 @@ class BalanceConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate schedule.
+    """Schedule of the learning rates.
 
-    ``"cosine"``: half a cosine down to ``final``. ``"inverse-time"``: 1 / (1 + base · ⌊epoch / every⌋), Table 2 of the
-    paper. Each starts with a linear warm-up over ``warmup`` epochs.
+    Attributes:
+        epochs: length of the training.
+        kind: ``"constant"``; ``"cosine"``, half a cosine down to ``final``; or ``"inverse-time"``,
+            1 / (1 + base · ⌊epoch / every⌋), Table 2 of the paper.
+        warmup: epochs of a linear warmup, for each kind.
+        final: final factor of the cosine.
+        base, every: decay and its period in epochs, of ``"inverse-time"``.
     """
 
     epochs: int = 100
@@ -143,7 +185,7 @@ class ScheduleConfig:
     every: int = 20
 
     def factor(self, step: int, epoch_steps: int) -> float:
-        """Factor on the learning rate at ``step``, counted from 0."""
+        """Returns the factor on the learning rates at ``step``, counted from 0; an epoch has ``epoch_steps`` steps."""
         epochs = step / epoch_steps
         factor = 1.0
         if self.kind == "inverse-time":
@@ -158,26 +200,26 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Execution of the run.
+    """Execution: device, precision, checkpoints, logs.
 
     Attributes:
         seed: seed of weights, sample order and augmentation.
         device: ``"auto"`` or ``"cpu"``.
-        threads: intra-op CPU threads; 0: PyTorch's default. One is fastest on a shared CPU.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (GPU only) autocast.
-        accumulation: number of parts of a batch whose gradients are accumulated, to save memory.
-        ema_decay: decay of the moving average of the generator's weights, which is evaluated and saved; 0: off.
-        compile: use ``torch.compile``.
-        sync_batch_norm: compute batch statistics over all processes; off is faster, and sufficient for dozens of crops
-            per process.
-        init: initial weights of the generator: a folder written by ``save_pretrained``, or a ``.safetensors`` file.
+        threads: intra-op CPU threads; 0 for PyTorch's default. One is fastest on a shared CPU.
+        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (GPU only).
+        accumulation: number of parts a batch is split into to save memory.
+        ema_decay: decay of the moving average of the generator's weights, which is evaluated and saved; 0 disables it.
+        compile: apply ``torch.compile`` to the generator.
+        sync_batch_norm: batch statistics over all processes, equal to those of one process; off is faster, and adequate
+            with some dozens of crops per process.
+        init: folder written by ``save_pretrained`` (or ``.safetensors`` file) that initializes the generator.
         log_every: steps between transfers of the losses from the device.
         evaluate_every: epochs between validations.
-        flip_test: validate with the flip test (average with the flipped crop's heatmaps).
-        overlays: number of validation crops in the overlay picture.
+        flip_test: validate with the flip test (average with the heatmaps of the flipped crop).
+        overlays: number of validation crops drawn at each validation.
         tensorboard: write TensorBoard event files.
-        checkpoint_minutes: minutes between checkpoints within an epoch; 0: only at its end.
-        checkpoint_steps: steps between checkpoints within an epoch; 0: by time only.
+        checkpoint_minutes: minutes between checkpoints within an epoch; 0 saves at its end only.
+        checkpoint_steps: steps between checkpoints within an epoch; 0 saves by time only.
     """
 
     seed: int = 0
@@ -200,7 +242,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Configuration of a training run. ``discriminator`` None: no adversarial training."""
+    """Configuration of a training run; ``discriminator`` is None without adversarial training.
+
+    Raises:
+        ValueError: a value is out of range, or two settings exclude each other.
+    """
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig | None = field(default_factory=DiscriminatorConfig)
@@ -281,14 +327,14 @@ class TrainConfig:
         """
         content = self.to_dict()
         for name, value in settings.items():
-            place(TrainConfig, content, name.split("."), value, name)
+            place(TrainConfig, content, name, value)
         return from_dict(content)
 
 
-def from_dict(content: Any) -> TrainConfig:
+def from_dict(content: Mapping[str, Any]) -> TrainConfig:
     """Builds a :class:`TrainConfig` from nested dicts; missing fields keep their defaults.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
+        ValueError: an unknown key (with the closest known one), or a value of the wrong type or out of range.
     """
-    return build(TrainConfig, content, "")
+    return build(TrainConfig, content)

@@ -1,11 +1,11 @@
-"""Batch normalization over all processes, on the CPU too."""
+"""Batch normalization with statistics over all processes, on CPU and CUDA."""
 
 import torch
 from torch import nn
 
 
 class _Average(torch.autograd.Function):
-    """The mean over processes. Each has a loss of its own, so that gradients are averaged likewise."""
+    """Mean over processes; since the losses of the processes are averaged too, so are the gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -19,9 +19,9 @@ class _Average(torch.autograd.Function):
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with the statistics of all processes' crops: ``nn.SyncBatchNorm`` takes CUDA tensors only.
+    """``nn.BatchNorm2d`` with statistics over all processes, for CPU tensors, which ``nn.SyncBatchNorm`` rejects.
 
-    Every process must give equally many. Statistics are computed in float32 at least.
+    All processes must pass equally many samples. Statistics are accumulated in float32, or float64 for float64 inputs.
     """
 
     def forward(self, x):
@@ -42,8 +42,8 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def synchronize_batch_norm(model, device):
-    """Every ``nn.BatchNorm2d`` of a model, replaced by one that sees all processes' crops; parameters stay the same."""
+def synchronize_batch_norm(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Replaces every ``nn.BatchNorm2d`` by one with statistics over all processes; parameters and buffers are kept."""
     if torch.device(device).type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for parent in list(model.modules()):

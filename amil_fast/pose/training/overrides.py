@@ -1,6 +1,6 @@
-"""Nested dataclasses from dicts, and ``section.key=value`` overrides.
+"""Frozen dataclasses from nested dicts, and ``section.key=value`` overrides of them.
 
-An unknown key raises an error that names the closest known one; so does a value of the wrong type.
+Keys and types are checked against the dataclass: an unknown key raises an error that suggests the closest known one.
 """
 
 import dataclasses
@@ -8,11 +8,14 @@ import difflib
 import json
 import types
 import typing
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+_Config = TypeVar("_Config")
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``"section.key=value"`` -> (name, value); the value is parsed as JSON, or kept as a string."""
+    """Splits ``"section.key=value"`` into name and value; the value is parsed as JSON, or else kept as a string."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"--set: expected section.key=value, got {text!r}")
@@ -22,49 +25,65 @@ def parse_override(text: str) -> tuple[str, Any]:
         return name.strip(), None if value in ("None", "none") else value
 
 
-def place(kind, content, path, value, name):
-    """Sets the value at ``path`` of nested dicts that hold the fields of dataclass ``kind``."""
-    here, known = content, kind
-    for depth, key in enumerate(path[:-1]):
-        _known(known, key, ".".join(path[: depth + 1]))
-        if here.get(key) is None:  # a discriminator that was switched off
-            here[key] = {}
-        here, known = here[key], _section(known, key)
-        if known is None:
-            raise ValueError(f"{name}: {'.'.join(path[: depth + 1])} has no fields")
-    _known(known, path[-1], name)
-    here[path[-1]] = value
+def build(kind: type[_Config], content: Any, prefix: str = "") -> _Config:
+    """Builds the dataclass ``kind`` from nested dicts; missing fields keep their defaults.
 
+    Args:
+        kind: a dataclass; fields may be dataclasses, scalars, tuples of fixed length, or a union of one with None.
+        content: the dict.
+        prefix: ``"section."``, put in front of the keys in error messages.
 
-def _section(known, key):
-    """The dataclass that is the type of a field, or None."""
-    hint = typing.get_type_hints(known)[key]
-    options = typing.get_args(hint) or (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-def _known(known, key, name):
-    names = [f.name for f in dataclasses.fields(known)]
-    if key not in names:
-        raise ValueError(f"{name}: unknown setting{nearest(key, names)}; known here: {', '.join(names)}")
-
-
-def nearest(key, names):
-    """Returns a hint with the closest known name for an error message, or an empty string."""
-    near = difflib.get_close_matches(key, list(names), 1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
-def build(kind, content, prefix):
-    """Builds a dataclass from nested dicts; ``prefix`` precedes the names in error messages."""
+    Raises:
+        ValueError: unknown key, or value of another type.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'configuration'}: expected a dict, got {content!r}")
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in content.items():
-        _known(kind, key, prefix + key)
+        _check_key(kind, key, prefix + key)
         values[key] = _convert(hints[key], value, prefix + key)
     return kind(**values)
+
+
+def place(kind: type, content: dict[str, Any], name: str, value: Any) -> None:
+    """Sets the entry ``name`` (``"section.key"``) of nested dicts that represent the dataclass ``kind``.
+
+    Raises:
+        ValueError: unknown section or key.
+    """
+    path = name.split(".")
+    entries, section = content, kind
+    for depth, key in enumerate(path[:-1]):
+        at = ".".join(path[: depth + 1])
+        _check_key(section, key, at)
+        if entries.get(key) is None:  # an optional section that is switched off
+            entries[key] = {}
+        nested = _dataclass_of(section, key)
+        if nested is None:
+            raise ValueError(f"{name}: {at} has no fields")
+        entries, section = entries[key], nested
+    _check_key(section, path[-1], name)
+    entries[path[-1]] = value
+
+
+def suggestion(key: str, names: Iterable[str]) -> str:
+    """``", did you mean 'NAME'?"`` with the closest of ``names``; empty if none is close."""
+    near = difflib.get_close_matches(key, list(names), 1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _dataclass_of(kind, key):
+    """The dataclass in the type of a field, or None."""
+    hint = typing.get_type_hints(kind)[key]
+    options = typing.get_args(hint) or (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _check_key(kind, key, name):
+    names = [f.name for f in dataclasses.fields(kind)]
+    if key not in names:
+        raise ValueError(f"{name}: unknown setting{suggestion(key, names)}; known here: {', '.join(names)}")
 
 
 def _convert(hint, value, name):

@@ -1,7 +1,6 @@
 """Named training configurations."""
 
 import types
-from collections.abc import Mapping
 
 from amil_fast.pose.training.config import (
     SYNTHETIC,
@@ -14,11 +13,18 @@ from amil_fast.pose.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from amil_fast.pose.training.overrides import nearest
+from amil_fast.pose.training.overrides import suggestion
+
+
+def preset(name: str) -> TrainConfig:
+    """Returns the entry ``name`` of :data:`PRESETS`; raises ValueError, with the closest name, if there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}{suggestion(name, PRESETS)}")
+    return PRESETS[name]
 
 
 def _paper(dataset, decay, **data):
-    """Settings of Table 2 of the paper."""
+    """Table 2 of the paper."""
     return TrainConfig(
         generator=GeneratorConfig(backbone="resnet50"),
         data=DataConfig(dataset=dataset, **data),
@@ -28,9 +34,9 @@ def _paper(dataset, decay, **data):
     )
 
 
-PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
+PRESETS: types.MappingProxyType[str, TrainConfig] = types.MappingProxyType(
     {
-        # Model selection on the last 100 of the 1,000 training images, never on the test split.
+        # Models are selected on the last 100 of the 1,000 training images, not on the test split of LSP.
         "paper-lsp": _paper("lsp", 0.005, holdout=100, augmentation="sports"),
         "paper-mpii": _paper("mpii", 0.01),
         "lspet-small": TrainConfig(
@@ -67,10 +73,3 @@ PRESETS: Mapping[str, TrainConfig] = types.MappingProxyType(
         ),
     }
 )
-
-
-def preset(name: str) -> TrainConfig:
-    """Returns one of :data:`PRESETS`; ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}")
-    return PRESETS[name]

@@ -1,25 +1,33 @@
-"""What a training run shows and leaves: progress, one line per epoch, history, TensorBoard."""
+"""Console, ``history.jsonl`` and TensorBoard of a training run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+import cv2
+import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from amil_fast.utils.files import write_bytes, write_text
 
 HISTORY = "history.jsonl"
 
 
 class RunLog:
-    """Shows a run to its user. On processes other than the first it does nothing.
+    """Context manager for the output of a run: progress bar, messages, history and TensorBoard events.
 
     Args:
         out: the run's folder.
-        console: a ``rich.console.Console``.
-        main: whether this is the first process.
+        console: where to print.
+        main: False in all processes but the first, where nothing is printed or written.
         tensorboard: write event files.
-        steps: steps in all; done: those an earlier part of the run made.
+        steps, done: total number of steps, and those made before a resume.
     """
 
-    def __init__(self, out, console, *, main, tensorboard, steps, done):
+    def __init__(self, out: Path, console: Console, *, main: bool, tensorboard: bool, steps: int, done: int):
         self.out, self.console, self.main = Path(out), console, main
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -33,60 +41,68 @@ class RunLog:
             disable=not main or not console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=steps, completed=done, terms="")
-        self._board = None
+        self._board: Any = None
         if main:
-            self._keep_history(done)
+            self._truncate_history(done)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=done or None)
 
-    def __enter__(self):
+    def __enter__(self) -> "RunLog":
         self._progress.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._progress.stop()
         if self._board is not None:
             self._board.close()
 
-    def say(self, text):
-        """A line of plain text."""
+    def message(self, text: str) -> None:
+        """Prints a line of plain text."""
         if self.main:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def advance(self, step, epoch, epochs, values):
-        """The mean losses since the last call, and other numbers, by name."""
+    def advance(self, step: int, epoch: int, epochs: int, values: Mapping[str, float]) -> None:
+        """Updates the progress bar, and writes the mean losses since the last call, by name, to TensorBoard."""
         if not self.main:
             return
         shown = "  ".join(f"{name} {number(value)}" for name, value in values.items())
         self._progress.update(self._task, completed=step, description=f"epoch {epoch + 1}/{epochs}", terms=shown)
         self.scalars("train", values, step)
 
-    def scalars(self, kind, values, step):
+    def scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        """Writes ``kind/name`` to TensorBoard."""
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def picture(self, name, picture, step):
-        """``(H, W, 3)`` uint8 BGR: to TensorBoard and, as a file that the next one replaces, into the folder."""
-        import cv2
-
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Writes ``picture (H, W, 3)`` uint8 BGR to TensorBoard and, replacing the previous one, to ``name.jpg``."""
         if not self.main:
             return
         if self._board is not None:
             self._board.add_image(name, picture[:, :, ::-1].copy(), step, dataformats="HWC")
-        cv2.imwrite(str(self.out / f"{name}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 90])
+        encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+        write_bytes(self.out / f"{name}.jpg", encoded.tobytes())
 
-    def epoch(self, row):
-        """One epoch's numbers: a line for the user, a line of ``history.jsonl``."""
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        """Appends the numbers of an epoch to ``history.jsonl`` and prints them."""
         if not self.main:
             return
         with open(self.out / HISTORY, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        hidden = ("epoch", "step", "seconds", "samples", "unmeasured")
+        terms = {name: value for name, value in row.items() if name not in hidden}
+        text = "  ".join(f"{name} {'-' if value is None else number(value)}" for name, value in terms.items())
+        if row.get("unmeasured"):
+            text += f" ({row['samples']} people; {row['unmeasured']} without a normalizer left out)"
+        self.message(f"epoch {row['epoch']}/{epochs}  {text}")
 
-    def _keep_history(self, done):
-        """Drops lines about steps that are going to be made again."""
+    def _truncate_history(self, done):
+        """Drops the lines of steps that will be repeated, and a line cut off by a kill."""
         path = self.out / HISTORY
         if not path.is_file():
             return
@@ -96,10 +112,10 @@ class RunLog:
                 if json.loads(line)["step"] <= done:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # cut off by a kill
-        path.write_text("".join(kept), encoding="utf-8")
+                continue
+        write_text(path, "".join(kept))
 
 
-def number(value):
-    """Three significant digits."""
+def number(value: float) -> str:
+    """Formats ``value`` with three significant digits."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

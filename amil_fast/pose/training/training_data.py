@@ -1,43 +1,51 @@
-"""What a pose network is trained and validated on, from a configuration."""
+"""Training and validation data sets of a configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
 
 from amil_fast.pose.data import SPORTS, Augmentation, CropArchive, PoseDataset, SyntheticFigures, load
-from amil_fast.pose.training.config import SYNTHETIC
+from amil_fast.pose.skeletons import Skeleton
+from amil_fast.pose.training.config import SYNTHETIC, TrainConfig
 
 _AUGMENTATIONS = {"none": None, "default": Augmentation(), "sports": SPORTS}
 
 
 @dataclass
 class TrainingData:
-    """Data sets as :class:`~amil_fast.pose.data.PoseDataset`; ``validation`` may be None.
+    """Data sets of a training run.
 
-    ``notes`` are for the user."""
+    Attributes:
+        training, validation: a :class:`~amil_fast.pose.data.PoseDataset`, or a data set with the same samples and a
+            ``skeleton``; ``validation`` may be None.
+        notes: messages for the user.
+    """
 
-    training: torch.utils.data.Dataset
-    validation: torch.utils.data.Dataset | None
-    notes: list
+    training: Any
+    validation: Any | None
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def skeleton(self):
+    def skeleton(self) -> Skeleton:
+        """Skeleton of the training data."""
         return self.training.skeleton
 
 
-def training_data(config, *, on_device=False):
-    """The data sets of a :class:`~amil_fast.pose.training.config.TrainConfig`.
+def training_data(config: TrainConfig, *, on_device: bool = False) -> TrainingData:
+    """Loads the data sets of a configuration.
 
     Args:
-        on_device: packed crops are augmented on the training device.
+        config: its sections ``data`` and ``run.seed`` are used.
+        on_device: augment the crops of an archive on the training device instead of in the loader's workers.
 
     Raises:
-        ValueError: nothing to read, or too few people for ``holdout`` or one batch; DataError from the data itself.
+        ValueError: no data given, or too few people for ``holdout`` or one batch; DataError for invalid data.
     """
     data, seed = config.data, config.run.seed
     augmentation = _AUGMENTATIONS[data.augmentation]
-    notes = []
+    training: Any
+    validation: Any | None
     if data.archive is not None:
         whole = CropArchive(data.archive, data.input_size)
         parts = _parts(len(whole), data)
@@ -55,11 +63,11 @@ def training_data(config, *, on_device=False):
         left_out = whole.settings["left_out"]
     elif data.dataset == SYNTHETIC:
         training = SyntheticFigures(data.synthetic, data.input_size, seed=2 * seed, augmentation=augmentation)
-        validation = SyntheticFigures(data.synthetic_validation, data.input_size, seed=2 * seed + 1)
-        validation, left_out = validation if len(validation) else None, []
+        figures = SyntheticFigures(data.synthetic_validation, data.input_size, seed=2 * seed + 1)
+        validation, left_out = figures if len(figures) else None, []
     else:
         if data.root is None:
-            raise ValueError(f"data.root: {data.dataset!r} needs its folder (--root), or --archive")
+            raise ValueError(f"data.root: {data.dataset!r} requires the data set's folder (--root) or --archive")
         people = load(data.dataset, data.root, data.split, training=True, skip_bad=data.skip_bad)
         parts = _parts(len(people), data)
         left_out = [str(problem) for problem in people.left_out]
@@ -76,13 +84,12 @@ def training_data(config, *, on_device=False):
         raise ValueError(
             f"data.archive_validation: expected {training.skeleton.name} as in training, got {validation.skeleton.name}"
         )
-    notes += [f"left out: {problem}" for problem in left_out]
-    return TrainingData(training, validation, notes)
+    return TrainingData(training, validation, [f"left out: {problem}" for problem in left_out])
 
 
 def _parts(number, data):
-    """Indices to train on, and the last ones, which are kept back."""
+    """Splits the indices into those to train on and the last ones, which are held out."""
     if data.holdout >= number:
-        raise ValueError(f"data.holdout: expected less than the {number} people there are, got {data.holdout}")
+        raise ValueError(f"data.holdout: expected less than the {number} people, got {data.holdout}")
     kept = number - data.holdout
     return np.arange(kept)[: data.limit or None], np.arange(kept, number)
