@@ -39,9 +39,8 @@ class BagData:
         """Row numbers in ``features`` of the instances of some bags, in this order, and their ``cu_seqlens``."""
         sizes = self.sizes[bag_indices]
         cu_seqlens = np.concatenate([[0], np.cumsum(sizes)])
-        return np.arange(cu_seqlens[-1]) + np.repeat(
-            self.offsets[:-1][bag_indices] - cu_seqlens[:-1], sizes
-        ), cu_seqlens
+        shift = np.repeat(self.offsets[:-1][bag_indices] - cu_seqlens[:-1], sizes)
+        return np.arange(cu_seqlens[-1]) + shift, cu_seqlens
 
 
 def load_bags(path: str | os.PathLike) -> BagData:
@@ -101,7 +100,7 @@ def check_bag_data(
         row, column = np.argwhere(~finite)[0]
         expect(False, "features", "finite float32 values", f"{features[row, column]} in row {row}, column {column}")
 
-    expect(offsets.ndim == 1 and offsets.shape[0] >= 2, "offsets", "shape (bags + 1,)", f"shape {offsets.shape}")
+    expect(offsets.ndim == 1 and offsets.shape[0] >= 2, "offsets", "shape (num_bags + 1,)", f"shape {offsets.shape}")
     expect(offsets.dtype.kind in "iu", "offsets", "integers", f"dtype {offsets.dtype}")
     offsets = offsets.astype(np.int64)
     expect(offsets[0] == 0, "offsets", "the first value to be 0", f"{offsets[0]}")
@@ -166,7 +165,12 @@ def stratified_folds(labels: np.ndarray, repetitions: int = 5, folds: int = 10, 
 def save_bags(
     path: str | os.PathLike, features: np.ndarray, offsets: np.ndarray, labels: np.ndarray, folds: np.ndarray
 ) -> None:
-    """Checks the four arrays of :class:`BagData` and writes them to a bag file, atomically."""
+    """Checks the four arrays of :class:`BagData` and writes them to a bag file, atomically.
+
+    As in :func:`numpy.savez`, ``.npz`` is appended to a path that does not end in it.
+    """
     data = check_bag_data(features, offsets, labels, folds, source=str(path))
+    path = os.fspath(path)
+    path = path if path.endswith(".npz") else f"{path}.npz"
     with atomic_path(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, features=data.features, offsets=data.offsets, labels=data.labels, folds=data.folds)

@@ -101,6 +101,7 @@ def area_under_roc(scores: np.ndarray | torch.Tensor, labels: np.ndarray | torch
 
 
 def format_accuracy(result: dict) -> str:
-    """Accuracy of :func:`cross_validate` as text, with the standard deviation where there are several repetitions."""
-    deviation = result["accuracy_std"]
-    return f"{result['accuracy_mean']:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
+    """Accuracy of :func:`cross_validate` as text; includes the standard deviation only for several repetitions."""
+    if len(result["per_repetition"]) < 2:  # files of earlier versions have accuracy_std 0.0 here instead of None
+        return f"{result['accuracy_mean']:.3f}"
+    return f"{result['accuracy_mean']:.3f} ± {result['accuracy_std']:.3f}"

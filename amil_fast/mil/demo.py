@@ -1,6 +1,8 @@
 """The bag half of ``amil demo``: a synthetic multiple-instance problem, MI-RNet, and a figure of its weights."""
 
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,23 +58,32 @@ def make_synthetic_bags(num_bags: int, seed: int) -> SyntheticBags:
     )
 
 
-def _take(bags, which):
+def _take(bags, bag_indices):
     """Packed features, ``cu_seqlens`` and labels of some bags."""
-    starts, sizes = bags.cu_seqlens[:-1][which], bags.cu_seqlens.diff()[which]
+    starts, sizes = bags.cu_seqlens[:-1][bag_indices], bags.cu_seqlens.diff()[bag_indices]
     cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     rows = torch.arange(int(cu_seqlens[-1])) + torch.repeat_interleave(starts - cu_seqlens[:-1], sizes)
-    return bags.features[rows], cu_seqlens, bags.labels[which]
+    return bags.features[rows], cu_seqlens, bags.labels[bag_indices]
 
 
-def train(bags, epochs, seed, on_epoch=None, backend="auto"):
-    """Trains a small MI-RNet with adjust pooling on packed mini-batches of 32 bags; returns it."""
+def train(
+    bags: SyntheticBags,
+    epochs: int,
+    seed: int,
+    on_epoch: Callable[[int, float], object] | None = None,
+    backend: str = "auto",
+) -> MIRNet:
+    """Trains a small MI-RNet with adjust pooling on packed mini-batches of 32 bags and returns it.
+
+    ``on_epoch(epoch, mean loss)`` is called after each epoch.
+    """
     torch.manual_seed(seed)
     net = MIRNet(FEATURES, hidden=64, backend=backend)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for epoch in range(epochs):
         total = 0.0
-        for which in torch.randperm(len(bags.labels)).split(32):
-            features, cu_seqlens, labels = _take(bags, which)
+        for bag_indices in torch.randperm(len(bags.labels)).split(32):
+            features, cu_seqlens, labels = _take(bags, bag_indices)
             output = net(features, cu_seqlens=cu_seqlens)
             loss = level_loss(output.logits, labels)
             # Short vectors for negative bags, long ones for positive: without this term a level may learn to weight
@@ -81,18 +92,23 @@ def train(bags, epochs, seed, on_epoch=None, backend="auto"):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(which)
+            total += loss.item() * len(bag_indices)
         if on_epoch is not None:
             on_epoch(epoch, total / len(bags.labels))
     return net.eval()
 
 
 @torch.no_grad()
-def evaluate(net, bags):
+def evaluate(net: MIRNet, bags: SyntheticBags) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Accuracy and AUC over bags, and the agreement of the last level's weights with the key instances.
 
     ``pointing``: fraction of the true positive bags whose instance of largest weight is a key instance; ``by_chance``:
     its expectation for a random instance.
+
+    Returns:
+        scores: a dict for JSON.
+        probabilities: ``(num_bags,)``.
+        weights: ``(total,)``, those of the last level.
     """
     output = net(bags.features, cu_seqlens=bags.cu_seqlens, return_weights=True)
     found = output.probabilities >= 0.5
@@ -112,7 +128,7 @@ def evaluate(net, bags):
     return scores, output.probabilities, weights
 
 
-def draw(path, bags, probabilities, weights):
+def draw(path: str | os.PathLike, bags: SyntheticBags, probabilities: torch.Tensor, weights: torch.Tensor) -> None:
     """Plots eight test bags with their instance weights, and a histogram of the total weight of the key instances."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -146,7 +162,7 @@ def draw(path, bags, probabilities, weights):
     axes = figure.add_subplot(grid[:, 4])
     bag_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     positive = bags.labels == 1
-    bins = np.linspace(0, 1, 21)
+    bins = np.linspace(0, 1, 21).tolist()
     for weight, name, color in (
         (weights, "adjust pooling", "firebrick"),
         (1 / sizes[bag_of], "mean pooling", "steelblue"),
@@ -169,7 +185,14 @@ def draw(path, bags, probabilities, weights):
         figure.savefig(partial, dpi=110)
 
 
-def run(folder, *, epochs=30, seed=0, on_epoch=None, backend="auto"):
+def run(
+    folder: str | os.PathLike,
+    *,
+    epochs: int = 30,
+    seed: int = 0,
+    on_epoch: Callable[[int, float], object] | None = None,
+    backend: str = "auto",
+) -> dict:
     """Trains on 600 synthetic bags, tests on 400 others; writes ``mil_weights.png``, ``mil_scores.json`` to ``folder``.
 
     Returns the scores of :func:`evaluate` with ``seconds``, ``epochs`` and ``seed``.

@@ -14,7 +14,7 @@ from amil_fast.mil.bag_files import BagData
 from amil_fast.mil.cross_validation import cross_validate, format_accuracy
 from amil_fast.mil.settings import LOSSES, PAPER_SETTINGS, MilSettings
 from amil_fast.nn import MIRNet
-from amil_fast.utils.files import atomic_path, read_json, write_json
+from amil_fast.utils.files import DataError, atomic_path, read_json, write_json
 
 GROUPS = ("pooling", "network", "ingredients", "all")
 
@@ -111,9 +111,14 @@ def run_study(
 
     Returns:
         ``{"results": {key: result}}``, the content of the file; a key consists of file name, repetitions and settings.
+
+    Raises:
+        DataError: ``path`` exists and does not contain results of a study.
     """
     path = Path(path)
     content = read_json(path) if path.exists() else {"results": {}}
+    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
+        raise DataError(f"{path}: expected the results of a study: an object with the entry 'results'")
     tasks = [(name, row) for row in rows for name in files]
     for number, (name, row) in enumerate(tasks):
         if on_row is not None:

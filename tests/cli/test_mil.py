@@ -1,4 +1,4 @@
-"""``amil mil``."""
+"""``amil mil cv``: options, table, JSON, error messages. For ``amil mil study`` see ``tests/mil/test_study.py``."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_cv_quiet(bag_file):
     ],
 )
 def test_cv_bad_options(bag_file, args, message, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it Triton serves CPU tensors, very slowly
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter accepts CPU tensors
     run = amil("mil", "cv", bag_file, *args)
     assert run.exit_code == 2
     assert message in run.output and "Traceback" not in run.output

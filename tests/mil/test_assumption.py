@@ -1,9 +1,9 @@
-"""Does a bag classifier keep the MIL assumption: a bag is positive iff it holds a positive instance?
+"""Tests of the multiple-instance assumption: a bag is positive if and only if it contains a positive instance.
 
 After Raff & Holt, *Reproducibility in Multiple Instance Learning: A Case For Algorithmic Unit Tests* (NeurIPS 2023,
-arXiv 2310.17867): beside the key instance, the training bags offer a shortcut that only a model can take which lets the
-presence of something else lower, or the count of something raise, a bag's score; in the test bags the shortcut points
-the other way. A model that keeps the assumption doesn't notice; one that breaks it falls below AUC 0.5.
+arXiv 2310.17867). Besides the key instance, the training bags contain a shortcut: an instance whose presence indicates
+a negative bag, or a kind of instance whose count indicates a positive bag. In the test bags the shortcut is reversed. A
+model that respects the assumption cannot use the shortcut; one that uses it falls below AUC 0.5.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _FEATURES = 6
 
 
 def single_concept(rng, label, test):
-    """A key instance in positive bags. Training: negative bags hold a poison instance. Test: positive bags hold it."""
+    """A key instance in positive bags, and a poison instance: in negative bags (training), in positive bags (test)."""
     x = rng.normal(size=(int(rng.integers(8, 13)), _FEATURES))
     if label:
         x[0, 0] += 4
@@ -29,7 +29,7 @@ def single_concept(rng, label, test):
 
 
 def false_frequency(rng, label, test):
-    """A key instance in positive bags. Training: they also hold 6 of a common kind, negative bags 1; test: reversed."""
+    """A key instance in positive bags, and a common kind: 6 in positive, 1 in negative bags; reversed in the test."""
     x = rng.normal(size=(12, _FEATURES))
     if label:
         x[0, 0] += 4
@@ -38,7 +38,7 @@ def false_frequency(rng, label, test):
 
 
 def two_concepts(rng, label, test):
-    """Positive bags hold two kinds of key, negative bags one of them; poison as in :func:`single_concept`."""
+    """Both kinds of key instance in positive bags, one of them in negative bags; poison as in `single_concept`."""
     x = rng.normal(size=(int(rng.integers(8, 13)), _FEATURES))
     key = rng.integers(2)
     x[0, 2 * key] += 6
@@ -50,7 +50,7 @@ def two_concepts(rng, label, test):
 
 
 def outcome(make_bag, pooling, loss, seed=0, **changes):
-    """AUC on 300 more bags as in training, and on 300 bags in which the shortcut points the other way."""
+    """AUC on 300 bags distributed as in training, and on 300 bags with the reversed shortcut."""
     rng = np.random.default_rng(seed)
     bags = [make_bag(rng, b % 2, b >= 600) for b in range(900)]
     labels = np.arange(900) % 2
@@ -66,42 +66,42 @@ def outcome(make_bag, pooling, loss, seed=0, **changes):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_margin_loss_keeps_the_assumption(pooling):
-    """With the margin loss a bag's score is the length of its vector: every pooling passes."""
-    trained, turned = outcome(single_concept, pooling, "margin")
-    assert trained > 0.9 and turned > 0.8
+def test_margin_loss_respects_the_assumption(pooling):
+    """The score is the length of the bag vector; every pooling passes."""
+    same_auc, reversed_auc = outcome(single_concept, pooling, "margin")
+    assert same_auc > 0.9 and reversed_auc > 0.8
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_margin_loss_keeps_the_assumption_of_two_keys(pooling):
-    """Harder: both keys are needed (AUC of one of the two alone: 0.75 at best); the poison fools no pooling."""
-    trained, turned = outcome(two_concepts, pooling, "margin")
-    assert trained > 0.75 and turned > 0.75
+def test_margin_loss_respects_the_assumption_with_two_keys(pooling):
+    """Both keys are needed (AUC of either alone: at most 0.75); no pooling uses the poison."""
+    same_auc, reversed_auc = outcome(two_concepts, pooling, "margin")
+    assert same_auc > 0.75 and reversed_auc > 0.75
 
 
 def test_max_pooling_does_not_count():
-    """Max pooling with the margin loss is the only pair of pooling and loss that also withstands a false frequency."""
-    trained, turned = outcome(false_frequency, "max", "margin")
-    assert trained > 0.9 and turned > 0.8
+    """Max pooling with the margin loss is the only combination that is also robust to a false frequency."""
+    same_auc, reversed_auc = outcome(false_frequency, "max", "margin")
+    assert same_auc > 0.9 and reversed_auc > 0.8
 
 
 @pytest.mark.parametrize("pooling", ["adjust", "mean", "attention"])
 def test_other_poolings_count(pooling):
-    """Kept as a known limit: a frequency in the training bags is learned as if it were evidence."""
-    trained, turned = outcome(false_frequency, pooling, "margin")
-    assert trained > 0.95 and turned < 0.5
+    """Known limitation: the frequency of a common kind is learned as evidence."""
+    same_auc, reversed_auc = outcome(false_frequency, pooling, "margin")
+    assert same_auc > 0.95 and reversed_auc < 0.5
 
 
 @pytest.mark.parametrize("pooling", ["adjust", "attention"])
-@pytest.mark.parametrize("loss, bags", [("bce", single_concept), ("mil", single_concept), ("bce", two_concepts)])
-def test_scoring_heads_break_it(pooling, loss, bags):
-    """Kept as a known limit: a head weighs a feature negatively as easily as positively, whatever the pooling."""
-    trained, turned = outcome(bags, pooling, loss)
-    assert trained > 0.95 and turned < 0.5
+@pytest.mark.parametrize("loss, make_bag", [("bce", single_concept), ("mil", single_concept), ("bce", two_concepts)])
+def test_scoring_heads_violate_the_assumption(pooling, loss, make_bag):
+    """Known limitation: a head can weight any feature negatively, with every pooling."""
+    same_auc, reversed_auc = outcome(make_bag, pooling, loss)
+    assert same_auc > 0.95 and reversed_auc < 0.5
 
 
-@pytest.mark.parametrize("bags", [single_concept, false_frequency, two_concepts])
-def test_set_kernel_breaks_it(bags):
-    """Kept as a known limit: likeness to a training bag weighs negatively as easily as positively."""
-    trained, turned = outcome(bags, "mean", "margin", kernel_weight=1)
-    assert trained > 0.95 and turned < 0.5
+@pytest.mark.parametrize("make_bag", [single_concept, false_frequency, two_concepts])
+def test_set_kernel_violates_the_assumption(make_bag):
+    """Known limitation: similarity to a training bag can have a negative weight."""
+    same_auc, reversed_auc = outcome(make_bag, "mean", "margin", kernel_weight=1)
+    assert same_auc > 0.95 and reversed_auc < 0.5

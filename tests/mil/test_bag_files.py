@@ -1,4 +1,4 @@
-"""Bag files: what is read, and what is refused with which words."""
+"""Bag files: reading, writing, folds, and the error messages for invalid files."""
 
 import numpy as np
 import pytest
@@ -27,6 +27,12 @@ def test_round_trip(tmp_path):
     assert data.sizes.tolist() == [2, 1, 0, 4, 3, 2]
     rows, cu_seqlens = data.rows(np.array([4, 2, 0]))
     assert rows.tolist() == [7, 8, 9, 0, 1] and cu_seqlens.tolist() == [0, 3, 3, 5]
+
+
+def test_suffix_is_appended_as_by_numpy(tmp_path):
+    save_bags(tmp_path / "bags", **good())
+    save_bags(str(tmp_path / "bags.v2"), **good())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bags.npz", "bags.v2.npz"]
 
 
 def broken(name, value):
@@ -129,7 +135,7 @@ def test_stratified_folds():
     labels = np.array([1] * 7 + [0] * 18)
     folds = stratified_folds(labels, 3, 5, seed=1)
     assert folds.shape == (3, 5, 25)
-    assert ((~folds).sum(1) == 1).all(), "every bag is tested once per repetition"
+    assert ((~folds).sum(1) == 1).all(), "every bag is in one test part per repetition"
     for test in (~folds).reshape(-1, 25):
         assert test.sum() == 5 and labels[test].sum() in (1, 2)
     assert not np.array_equal(folds[0], folds[1])

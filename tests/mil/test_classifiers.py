@@ -1,4 +1,4 @@
-"""Training bag classifiers and cross-validating them."""
+"""Bag classifiers: settings, batching, training, prediction, cross-validation."""
 
 import dataclasses
 
@@ -22,13 +22,13 @@ def plain(**changes):
 MUSK1 = SHARED / "data" / "mil" / "musk1.npz"
 
 
-def test_pack():
+def test_pack_members():
     data = easy_bags(6)
-    bags = np.array([[2, 0, 5], [4, -1, -1], [-1, 3, 1]])
-    rows, cu_seqlens = pack_members(data, bags)
+    bag_indices = np.array([[2, 0, 5], [4, -1, -1], [-1, 3, 1]])
+    rows, cu_seqlens = pack_members(data, bag_indices)
     assert rows.shape[1] == cu_seqlens[:, -1].max()
     for member in range(3):
-        for place, bag in enumerate(bags[member]):
+        for place, bag in enumerate(bag_indices[member]):
             got = rows[member, cu_seqlens[member, place] : cu_seqlens[member, place + 1]]
             expected = range(data.offsets[bag], data.offsets[bag + 1]) if bag >= 0 else []
             assert list(got) == list(expected)
@@ -100,10 +100,12 @@ def test_set_kernel_is_averaged_with_the_network():
     settings = plain(hidden=8, epochs=1, soft_clip=3, kernel_weight=1)
     again = BagClassifiers(data, settings, part, [(5,), (6,)]).fit().predict([np.zeros(30, dtype=bool), ~part[1]])
     assert np.isnan(again[0]).all()
-    assert np.allclose(again[1], predicted[1][1], atol=1e-6, equal_nan=True), "no seed in it"
+    assert np.allclose(again[1], predicted[1][1], atol=1e-6, equal_nan=True), (
+        "the set kernel does not depend on the seed"
+    )
 
 
-def test_standardization_sees_the_training_part_only():
+def test_standardization_uses_the_training_part_only():
     data = easy_bags()
     train = data.folds[0, :2]
     settings = plain(hidden=8, epochs=1)
@@ -112,11 +114,11 @@ def test_standardization_sees_the_training_part_only():
         rows = data.features[np.repeat(train[member], data.sizes)]
         assert np.allclose(models.mean[member, 0], rows.mean(0), rtol=1e-5)
         assert np.allclose(models.inverse_std[member, 0, [0, 1, 3]], 1 / rows.std(0)[[0, 1, 3]], rtol=1e-4)
-        assert models.inverse_std[member, 0, 2] == 0, "a constant feature is switched off"
+        assert models.inverse_std[member, 0, 2] == 0, "the factor of a constant feature is 0"
 
 
-def test_test_bags_do_not_reach_the_model():
-    """Garbage in a fold's test bags changes neither its standardization nor its parameters nor what is predicted."""
+def test_model_is_independent_of_the_test_bags():
+    """Other features and labels in the test part change neither the parameters nor predictions on the training part."""
     data = easy_bags()
     train = data.folds[0, :1]
     features = data.features.copy()
@@ -130,13 +132,13 @@ def test_test_bags_do_not_reach_the_model():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_side_by_side_is_one_by_one(loss):
+def test_side_by_side_equals_separate_training(loss):
     data = easy_bags(23)  # folds of different sizes
     settings = plain(hidden=8, epochs=4, batch_size=4, loss=loss, instance_norm=2)
 
     def fitted(train, seeds):
         models = BagClassifiers(data, settings, train, seeds)
-        models.net.double()  # Adam turns a gradient's rounding into a whole step where the gradient is almost 0
+        models.net.double()  # Adam amplifies rounding of near-zero gradients to full steps
         for name in ("_features", "mean", "inverse_std"):
             setattr(models, name, getattr(models, name).double())
         return models.fit().predict(~train)
@@ -147,11 +149,13 @@ def test_side_by_side_is_one_by_one(loss):
     for i in range(3):
         alone = fitted(train[i : i + 1], [(1, i)])
         assert np.allclose(together[i], alone[0], atol=1e-6, equal_nan=True)
-    assert not np.allclose(together[0], fitted(train[:1], [(2, 0)])[0], atol=1e-3, equal_nan=True), "another seed"
+    assert not np.allclose(together[0], fitted(train[:1], [(2, 0)])[0], atol=1e-3, equal_nan=True), (
+        "a different seed gives different weights"
+    )
 
 
-def test_one_step_is_adams_step_on_the_mean_loss():
-    """The stacked training step against a plain MIRNet, one optimizer step on one whole batch."""
+def test_one_step_equals_an_adam_step_on_the_mean_loss():
+    """Compares one stacked training step on a full batch with one optimizer step of a plain MIRNet."""
     data = easy_bags(10)
     train = np.ones((1, 10), dtype=bool)
     settings = plain(hidden=8, epochs=1, batch_size=10, lr=1e-2, weight_decay=0.1)
@@ -168,7 +172,7 @@ def test_one_step_is_adams_step_on_the_mean_loss():
         assert torch.allclose(value, net.state_dict()[name], atol=1e-5), name
 
 
-def test_result_is_what_it_says():
+def test_result_of_cross_validation():
     data = easy_bags()
     seen = []
     settings = plain(hidden=8, epochs=2, seed=3)
@@ -180,10 +184,10 @@ def test_result_is_what_it_says():
     assert result["accuracy_mean"] == pytest.approx(by_repetition.mean())
     assert result["accuracy_std"] == pytest.approx(abs(by_repetition[0] - by_repetition[1]) / 2**0.5)
     assert result["settings"]["seed"] == 3
-    assert cross_validate(data, settings, at_once=4)["per_fold"] == per_fold, "the same again"
+    assert cross_validate(data, settings, at_once=4)["per_fold"] == per_fold, "repeated runs are equal"
 
 
-def test_bend():
+def test_soft_clip():
     x = torch.tensor([-1e12, -5.0, -1.0, 0.0, 2.5, 30.0, 1e12])
     expected = torch.tensor([-5.0, -5 * 2**-0.25, -((1 + 5**-4) ** -0.25), 0.0, 2.5 * (17 / 16) ** -0.25, 4.99904, 5.0])
     assert torch.allclose(soft_clip(x, 5.0), expected, rtol=1e-5)
@@ -211,9 +215,9 @@ def test_settings_are_checked():
         MilSettings(weight_decay=-1)
 
 
-@pytest.mark.skipif(not MUSK1.exists(), reason=f"the benchmark file {MUSK1} is not there")
+@pytest.mark.skipif(not MUSK1.exists(), reason=f"benchmark file {MUSK1} not found")
 def test_musk1():
-    """One repetition of musk1, far fewer epochs than the default, is well above the 51 % of always saying positive."""
+    """One repetition of musk1 with few epochs; the majority class has 51 %."""
     data = load_bags(MUSK1)
     data = check_bag_data(data.features, data.offsets, data.labels, data.folds[:1])
     result = cross_validate(data, dataclasses.replace(PAPER_SETTINGS, pooling="mean", epochs=10))

@@ -1,4 +1,4 @@
-"""The set kernel's classifier."""
+"""Set kernel classifier."""
 
 import numpy as np
 import pytest
@@ -9,14 +9,14 @@ from amil_fast.mil.set_kernel import SetKernel
 from tests.mil.helpers import easy_bags
 
 
-def bags_of(data, bags):
-    rows, cu_seqlens = data.rows(np.asarray(bags))
+def bags_of(data, bag_indices):
+    rows, cu_seqlens = data.rows(np.asarray(bag_indices))
     x = torch.from_numpy(data.features[rows]).double()
     x[:, 1] = (x[:, 1] - 5000) / 1000
     return x, torch.from_numpy(cu_seqlens)
 
 
-def test_is_ridge_regression_on_the_sum_of_both_kernels():
+def test_equals_ridge_regression_on_the_sum_of_both_kernels():
     data = easy_bags(14)
     train, test = np.arange(10), np.arange(10, 14)
     labels = torch.from_numpy(data.labels)
@@ -42,11 +42,11 @@ def test_is_ridge_regression_on_the_sum_of_both_kernels():
     assert torch.equal(classifier.probabilities(*bags_of(data, test)), torch.sigmoid(2.5 * got))
 
 
-def test_learns_and_a_bags_value_does_not_depend_on_its_neighbors():
+def test_learns_and_values_are_independent_of_other_bags_and_of_order():
     data = easy_bags(200)
     train, test = np.arange(100), np.arange(100, 200)
     classifier = SetKernel(*bags_of(data, train), torch.from_numpy(data.labels[train]))
-    together = classifier.decision(*bags_of(data, test))  # more bags than are compared at once
+    together = classifier.decision(*bags_of(data, test))  # more than one chunk
     assert area_under_roc(together.numpy(), data.labels[test]) > 0.95
     alone = torch.cat([classifier.decision(*bags_of(data, [b])) for b in test])
     assert torch.allclose(together, alone, rtol=1e-9, atol=1e-9)
@@ -55,10 +55,10 @@ def test_learns_and_a_bags_value_does_not_depend_on_its_neighbors():
     assert torch.allclose(together, shuffled, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("bags", [[0], [0, 1]])
-def test_equal_instances(bags):
-    """Nothing to tell bags apart by: the share of positive ones, and no NaN."""
-    x = torch.ones(len(bags), 3)
-    cu_seqlens = torch.arange(len(bags) + 1)
-    decision = SetKernel(x, cu_seqlens, torch.tensor(bags)).decision(x, cu_seqlens)
-    assert torch.allclose(decision, torch.full((len(bags),), 2 * sum(bags) / len(bags) - 1.0), atol=1e-4)
+@pytest.mark.parametrize("labels", [[0], [0, 1]])
+def test_equal_instances(labels):
+    """Indistinguishable bags get the mean of the labels, not NaN."""
+    x = torch.ones(len(labels), 3)
+    cu_seqlens = torch.arange(len(labels) + 1)
+    decision = SetKernel(x, cu_seqlens, torch.tensor(labels)).decision(x, cu_seqlens)
+    assert torch.allclose(decision, torch.full((len(labels),), 2 * sum(labels) / len(labels) - 1.0), atol=1e-4)

@@ -1,4 +1,4 @@
-"""The study: its rows, that it goes on where it stopped, its table and picture."""
+"""Ablation study: rows, resuming, table and figure."""
 
 import json
 
@@ -8,6 +8,7 @@ import pytest
 from amil_fast.mil import study
 from amil_fast.mil.bag_files import save_bags
 from amil_fast.mil.settings import LOSSES, PAPER_SETTINGS
+from amil_fast.utils.files import DataError
 from tests.cli.helpers import amil
 from tests.mil.helpers import easy_bags
 
@@ -34,7 +35,7 @@ def test_resumes(tmp_path, monkeypatch):
     rows = study.study_rows(("pooling",), epochs=1, hidden=4, backend="reference")[:3]
     path = tmp_path / "study.json"
     first = study.run_study(files, rows[:2], path, repetitions=1)
-    assert study.complete_rows(files, rows, first, 1)[-1][0] == rows[1], "the third is not complete"
+    assert study.complete_rows(files, rows, first, 1)[-1][0] == rows[1], "the third row has no result"
     calls = []
     original = study.cross_validate
     monkeypatch.setattr(study, "cross_validate", lambda *a, **k: calls.append(a) or original(*a, **k))
@@ -44,14 +45,24 @@ def test_resumes(tmp_path, monkeypatch):
     assert all(second["results"][key] == result for key, result in first["results"].items())
     table = study.complete_rows(files, rows, second, 1)
     assert [row for row, _ in table] == rows
-    assert study.complete_rows(files, rows, second, 2) == [], "other repetitions are other results"
+    assert study.complete_rows(files, rows, second, 2) == [], "results of one repetition do not count for two"
     lines = study.to_markdown(table).splitlines()
     result = table[1][1]["easy"]
     assert lines[0].count("|") == lines[2].count("|") == 6
-    assert result["accuracy_std"] is None, "one repetition has no deviation"
+    assert result["accuracy_std"] is None, "a single repetition has no standard deviation"
     assert f"| adjust, T = 2 | {result['accuracy_mean']:.3f} / {result['auc_mean']:.3f} |" in lines[3]
+    result["accuracy_std"] = 0.0  # as written by earlier versions
+    assert "±" not in study.to_markdown(table)
     assert result["parameters"] == 4 * 5 + 2 * 4 * 5 + 3 * 5
     assert np.isfinite(result["ms_per_epoch"])
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"results": 1}'])
+def test_other_json_files_are_refused(tmp_path, content):
+    (tmp_path / "study.json").write_text(content)
+    with pytest.raises(DataError, match=r"study\.json: expected the results of a study"):
+        study.run_study({"easy": easy_bags()}, study.study_rows(("pooling",)), tmp_path / "study.json")
+    assert (tmp_path / "study.json").read_text() == content
 
 
 def test_command(tmp_path):
