@@ -95,7 +95,7 @@ def test_evaluate_a_network(tmp_path):
     assert "expected coco17 of the data set, the network predicts lsp14" in out
 
 
-def test_what_predict_writes_evaluate_reads(tmp_path):
+def test_evaluate_reads_predictions(tmp_path):
     small_lsp(tmp_path / "lsp")
     out = tmp_path / "out"
     text = amil("predict", tmp_path / "lsp/images", "--model", COLOR_FINDER, "--out", out, "--passes", 1)
@@ -106,7 +106,7 @@ def test_what_predict_writes_evaluate_reads(tmp_path):
     assert content["samples"] == 6 and content["PCK@0.05"]["mean"] == 100
 
 
-def test_predict_reports_what_is_unreadable(tmp_path):
+def test_predict_reports_unreadable_images(tmp_path):
     make.picture(tmp_path / "in/a.jpg", 60, 50)
     make.truncate(make.picture(tmp_path / "in/b.jpg", 60, 50))
     make.video(tmp_path / "in/c.mp4", frames=4)

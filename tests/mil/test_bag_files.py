@@ -1,4 +1,4 @@
-"""Bag files: what is read, and what is refused with which words."""
+"""Bag files: round trip, validation and error messages."""
 
 import numpy as np
 import pytest

@@ -57,7 +57,7 @@ def test_learns_and_a_bags_value_does_not_depend_on_its_neighbors():
 
 @pytest.mark.parametrize("bags", [[0], [0, 1]])
 def test_equal_instances(bags):
-    """Nothing to tell bags apart by: the share of positive ones, and no NaN."""
+    """Identical instances yield the fraction of positive bags, not NaN."""
     x = torch.ones(len(bags), 3)
     cu_seqlens = torch.arange(len(bags) + 1)
     decision = SetKernel(x, cu_seqlens, torch.tensor(bags)).decision(x, cu_seqlens)

@@ -1,4 +1,4 @@
-"""The study: its rows, that it goes on where it stopped, its table and picture."""
+"""Rows, resumption, table and figure of the study."""
 
 import json
 
