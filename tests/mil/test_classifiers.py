@@ -130,7 +130,7 @@ def test_test_bags_do_not_reach_the_model():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_side_by_side_is_one_by_one(loss):
+def test_stacked_folds_match_sequential(loss):
     data = easy_bags(23)  # folds of different sizes
     settings = plain(hidden=8, epochs=4, batch_size=4, loss=loss, instance_norm=2)
 
@@ -168,7 +168,7 @@ def test_one_step_is_adams_step_on_the_mean_loss():
         assert torch.allclose(value, net.state_dict()[name], atol=1e-5), name
 
 
-def test_result_is_what_it_says():
+def test_result_fields():
     data = easy_bags()
     seen = []
     settings = plain(hidden=8, epochs=2, seed=3)
@@ -183,7 +183,7 @@ def test_result_is_what_it_says():
     assert cross_validate(data, settings, at_once=4)["per_fold"] == per_fold, "the same again"
 
 
-def test_bend():
+def test_soft_clip():
     x = torch.tensor([-1e12, -5.0, -1.0, 0.0, 2.5, 30.0, 1e12])
     expected = torch.tensor([-5.0, -5 * 2**-0.25, -((1 + 5**-4) ** -0.25), 0.0, 2.5 * (17 / 16) ** -0.25, 4.99904, 5.0])
     assert torch.allclose(soft_clip(x, 5.0), expected, rtol=1e-5)
