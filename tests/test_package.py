@@ -1,4 +1,4 @@
-"""The package as a package: who may import whom, what importing costs, where the kernels are, what a wheel holds."""
+"""Package structure: import layers, import cost, kernel location and wheel contents."""
 
 import ast
 import importlib
@@ -121,7 +121,7 @@ def test_imports_within_pose_point_down():
     assert seen > 50
 
 
-def test_the_reference_and_the_kernels_do_not_know_each_other():
+def test_reference_and_kernels_are_independent():
     for path, place in python_files():
         names = " ".join(imports_of(path))
         if place.parts[0] == "kernels":

@@ -88,7 +88,7 @@ def test_error_equal_to_the_threshold_is_correct():
         assert pck(predictions, targets, torch.tensor([10.0]), torch.ones(1, 1).bool(), thresholds)[1].item() == 1
 
 
-def test_samples_without_a_size_are_left_out():
+def test_samples_without_a_size_are_excluded():
     targets, predictions = torch.zeros(4, 1, 2), torch.zeros(4, 1, 2)
     predictions[0] += 100
     valid = torch.ones(4, 1, dtype=torch.bool)
@@ -301,7 +301,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_skeletons_travel_between_processes():
+def test_skeletons_are_picklable():
     import copy
     import pickle
 

@@ -51,7 +51,7 @@ def test_level_loss():
 
 
 def naive(h, y, scale, gap_weight):
-    """PAPER §4 as written, for one bag and one class, float64, away from 0 and saturation."""
+    """Eq. 10-18 implemented literally for one bag and one class, float64, away from 0 and saturation."""
     q = 1 - torch.exp(-scale * h)
     p = 1 - torch.exp(-scale * h.sum())
     bag = -torch.log(p) if y else -torch.log(1 - p)

@@ -50,7 +50,7 @@ def test_without_residual_and_deep_supervision():
 
 @pytest.mark.parametrize("pooling", ["adjust", "mean"])
 def test_scales(pooling):
-    """What is pooled is scaled, the next layer's input is not; a pooling that is linear notices nothing."""
+    """The pooled embeddings are scaled, the next layer's input is not; linear poolings are unaffected."""
     net, x = net_and_bags(pooling=pooling, instance_scale=0.25, bag_scale=4.0)
     plain, _ = net_and_bags(pooling=pooling)
     output, unscaled = net(x, cu_seqlens=CU), plain(x, cu_seqlens=CU)

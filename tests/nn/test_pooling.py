@@ -1,4 +1,4 @@
-"""The poolings: one call, four input forms, the same answer."""
+"""Pooling layers: agreement of the four input forms, gradients, edge cases and errors."""
 
 import math
 
@@ -90,7 +90,7 @@ def test_gradients_numerically(name):
 
 
 @pytest.mark.parametrize("name", POOLINGS)
-def test_permuting_and_neighbors(name):
+def test_permutation_and_bag_independence(name):
     pool = make(name)
     x, cu_seqlens = packed()
     bag = pool(x, cu_seqlens=cu_seqlens)
