@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from functools import cached_property
-
 import torch
 
 from amil_fast.ops.bags import accumulation_dtype, bag_index, bag_mask, check_bag_values, check_bags
@@ -43,6 +40,7 @@ class BagView:
         if instances.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bag_values(instances, lengths, cu_seqlens)
         self.instances = instances
+        self._x: torch.Tensor | None = None
         self.cu_seqlens = cu_seqlens
         if cu_seqlens is not None:
             self.mask = None
@@ -55,15 +53,19 @@ class BagView:
 
     def with_instances(self, instances: torch.Tensor) -> BagView:
         """View of the same bags with other instances: ``(B, N, D')`` or ``(total, D')``, not validated."""
-        view = copy.copy(self)
-        view.__dict__.pop("x", None)
+        view = BagView.__new__(BagView)
         view.instances = instances
+        view._x = None
+        view.mask, view.cu_seqlens, view.num_bags, view._index = self.mask, self.cu_seqlens, self.num_bags, self._index
         return view
 
-    @cached_property
+    @property
     def x(self) -> torch.Tensor:
         """Instances with zeros in the padding, so that its values reach neither results nor gradients."""
-        return self.instances if self.mask is None else torch.where(self.mask[:, :, None], self.instances, 0)
+        if self._x is None:  # not functools.cached_property, which torch.compile cannot trace on Python 3.11
+            mask = self.mask
+            self._x = self.instances if mask is None else torch.where(mask[:, :, None], self.instances, 0)
+        return self._x
 
     def wide(self) -> torch.Tensor:
         """:attr:`x` in the accumulation dtype: float64 for float64, float32 otherwise."""

@@ -195,15 +195,12 @@ class MIRNet(nn.Module):
         )
 
     def _pool(self, pool, x, bags, return_weights):
-        if isinstance(pool, AdjustPool):
-            return pool.pool_view(bags.with_instances(x), return_weights)
-        if isinstance(pool, BasePool):
-            pool.check_weights(return_weights)
-            return pool.pool_view(bags.with_instances(x))
-        # A pooling of the user's, which validates its input.
-        result = pool(
-            x, mask=bags.mask, cu_seqlens=bags.cu_seqlens, **({"return_weights": True} if return_weights else {})
-        )
+        if type(pool).forward in (AdjustPool.forward, BasePool.forward):
+            result = pool(x, bags=bags, return_weights=return_weights)
+        else:  # a custom pooling, or a subclass that overrides forward: it takes tensors and validates them
+            result = pool(
+                x, mask=bags.mask, cu_seqlens=bags.cu_seqlens, **({"return_weights": True} if return_weights else {})
+            )
         return result if return_weights else (result, None)
 
     def _score_instances(self, head, f, X, bags):

@@ -54,23 +54,26 @@ class AdjustPool(nn.Module):
         lengths: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         return_weights: bool | None = None,
+        bags: BagView | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Pools bags: ``(B, N, D)`` or ``(total, D)`` -> ``(B, D)``, or ``(bag, weights)``."""
-        return adjust_pool(
-            instances,
-            mask,
-            lengths=lengths,
-            cu_seqlens=cu_seqlens,
-            num_iters=self.num_iters,
-            return_weights=self.return_weights if return_weights is None else return_weights,
-            detach_routing=self.detach_routing,
-            backend=self.backend,
-        )
+        """Pools bags: ``(B, N, D)`` or ``(total, D)`` -> ``(B, D)``, or ``(bag, weights)``.
 
-    def pool_view(self, bags: BagView, return_weights: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``(bag, weights)`` of validated bags; weights are None unless ``return_weights``."""
+        :class:`MIRNet` passes its validated ``bags`` instead of ``mask``, ``lengths`` and ``cu_seqlens``.
+        """
+        return_weights = self.return_weights if return_weights is None else return_weights
+        if bags is None:
+            return adjust_pool(
+                instances,
+                mask,
+                lengths=lengths,
+                cu_seqlens=cu_seqlens,
+                num_iters=self.num_iters,
+                return_weights=return_weights,
+                detach_routing=self.detach_routing,
+                backend=self.backend,
+            )
         bag, weights = pool_bags(
-            bags.instances,
+            instances,
             bags.mask,
             None,
             bags.cu_seqlens,
@@ -79,7 +82,7 @@ class AdjustPool(nn.Module):
             self.detach_routing,
             self.backend,
         )
-        return bag, weights if return_weights else None
+        return (bag, weights) if return_weights else bag
 
     def extra_repr(self) -> str:
         return (
@@ -105,21 +108,18 @@ class BasePool(nn.Module):
         lengths: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         return_weights: bool | None = None,
+        bags: BagView | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """Pools bags: ``(B, N, D)`` or ``(total, D)`` -> ``(B, D)``, or ``(bag, weights)``."""
-        return_weights = self.return_weights if return_weights is None else return_weights
-        self.check_weights(return_weights)
-        bag, weights = self.pool_view(BagView(instances, mask, lengths, cu_seqlens))
-        return (bag, weights) if return_weights else bag
+        """Pools bags: ``(B, N, D)`` or ``(total, D)`` -> ``(B, D)``, or ``(bag, weights)``.
 
-    def check_weights(self, return_weights: bool) -> None:
-        """Raises ValueError if weights are requested of a pooling that has none."""
+        :class:`MIRNet` passes its validated ``bags`` instead of ``mask``, ``lengths`` and ``cu_seqlens``.
+        """
+        return_weights = self.return_weights if return_weights is None else return_weights
         if return_weights and not self._has_weights:
             raise ValueError(f"return_weights: {type(self).__name__} has no single weight per instance")
-
-    def pool_view(self, bags: BagView) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``(bag, weights)`` of validated bags."""
-        return self.pool_scored(bags, self.scores(bags.x))
+        bags = BagView(instances, mask, lengths, cu_seqlens) if bags is None else bags.with_instances(instances)
+        bag, weights = self.pool_scored(bags, self.scores(bags.x))
+        return (bag, weights) if return_weights else bag
 
     def pool_scored(self, bags: BagView, scores: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``(bag, weights)`` of validated bags with given scores."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amil_fast import adjust_pool
-from amil_fast.nn import POOLINGS, LogSumExpPool, MIRNet, StackedMIRNet, level_loss
+from amil_fast.nn import POOLINGS, AdjustPool, LogSumExpPool, MeanPool, MIRNet, StackedMIRNet, level_loss
 from tests.helpers import relative_error
 
 SIZES = [3, 0, 1, 7, 5]
@@ -128,6 +128,42 @@ def test_pooling_factory_and_errors():
         MIRNet(F, depth=0)
     with pytest.raises(ValueError, match="MaxPool has no single weight"):
         MIRNet(F, pooling="max")(torch.zeros(1, 2, F), return_weights=True)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_poolings_are_called_as_modules(pooling):
+    net, x = net_and_bags(pooling=pooling)
+    calls = []
+    for pool in net.pools:
+        pool.register_forward_hook(lambda module, args, output: calls.append((module, args[0].shape, output)))
+    output = net(x, cu_seqlens=CU)
+    assert [module for module, _, _ in calls] == list(net.pools)
+    assert {shape for _, shape, _ in calls} == {(16, 8)}
+    assert torch.equal(torch.stack([bag for _, _, bag in calls]), output.pooled)
+
+
+@pytest.mark.parametrize("base", [AdjustPool, MeanPool])
+def test_subclass_of_a_pooling_may_override_forward(base):
+    class Doubled(base):
+        def forward(self, instances, mask=None, *, cu_seqlens=None):
+            return 2 * super().forward(instances, mask, cu_seqlens=cu_seqlens)
+
+    net, x = net_and_bags(pooling=lambda features: Doubled(), residual=False)
+    plain, _ = net_and_bags(pooling=lambda features: base(), residual=False)
+    assert torch.equal(net(x, cu_seqlens=CU).pooled, 2 * plain(x, cu_seqlens=CU).pooled)
+    grid, mask = x.view(2, 8, F), torch.arange(8) < torch.tensor([[8], [3]])
+    assert torch.equal(net(grid, mask).pooled, 2 * plain(grid, mask).pooled)
+
+
+@pytest.mark.parametrize("scoring", ["bag", "instances"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_compiles_to_one_graph(pooling, scoring):
+    net, x = net_and_bags(pooling=pooling, scoring=scoring)
+    grid = x.view(2, 8, F)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    for instances, form in ((x, {"cu_seqlens": CU}), (grid, {"lengths": torch.tensor([8, 3])}), (grid, {})):
+        assert torch.equal(compiled(instances, **form).logits, net(instances, **form).logits)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
