@@ -167,7 +167,7 @@ def test_kernels_are_importable_as_amil_fast_kernels_only(tmp_path):
     """From the checkout too, with a folder of that name in its root; and another package `kernels` keeps its name."""
     other = tmp_path / "kernels"
     other.mkdir()
-    (other / "__init__.py").write_text("WHOSE = 'somebody else'")
+    (other / "__init__.py").write_text("OWNER = 'another package'")
     code = (
         "import amil_fast.kernels.adjust_pool_config as c, importlib.util as u; import pathlib;"
         "spec = u.find_spec('kernels');"

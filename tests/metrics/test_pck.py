@@ -31,12 +31,12 @@ needs_mpii = pytest.mark.skipif(not MPII.exists(), reason=f"{MPII} is not here")
 def test_skeletons_agree_with_themselves(skeleton):
     K = skeleton.num_joints
     assert len(set(skeleton.joints)) == K == len(set(skeleton.short_names))
-    mirror = skeleton.flip_index
-    assert sorted(mirror) == list(range(K))
-    assert [mirror[mirror[k]] for k in range(K)] == list(range(K))
+    flip = skeleton.flip_index
+    assert sorted(flip) == list(range(K))
+    assert [flip[flip[k]] for k in range(K)] == list(range(K))
     for k, name in enumerate(skeleton.joints):
         swapped = name.replace("left", "L").replace("right", "left").replace("L", "right")
-        assert skeleton.joints[mirror[k]] == swapped
+        assert skeleton.joints[flip[k]] == swapped
     # the limbs connect all joints to one body (COCO's face hangs on nothing)
     assert {joint for limb in skeleton.limbs for joint in limb} == set(range(K))
     for a, b in skeleton.normalizer_pairs.values():
@@ -201,7 +201,7 @@ def random_people(seed, S=40, K=14):
     return predictions, targets, valid
 
 
-def test_pair_and_its_mirror_image():
+def test_pair_and_flipped_pair():
     _, targets, valid = random_people(3)
     paper = pair_distance(targets, valid, [LSP14.normalizer_pair("paper")])
     assert paper.isnan().tolist() == (~(valid[:, 3] & valid[:, 8])).tolist()

@@ -170,7 +170,7 @@ def test_mpii_joints_above_the_image_are_right(tmp_path):
 def test_coco(tmp_path):
     content = make.coco(tmp_path)
     people = load_coco(tmp_path)
-    rows = [content["annotations"][i] for i in (0, 3, 4)]  # no crowd, nobody without joints
+    rows = [content["annotations"][i] for i in (0, 3, 4)]  # neither crowds nor people without joints
     assert people.ids == [7, 7, 39] and people.images[2] == "000000000039.jpg"
     points = np.array([row["keypoints"] for row in rows]).reshape(3, 17, 3)
     assert (people.visibility == points[..., 2]).all()

@@ -36,7 +36,7 @@ def randomize(module, seed=0):
 
 
 def test_region_block_follows_the_equations():
-    """RegionBlock with two maps and the bag vector of a previous block, against Eq. 7-9 written with matrices."""
+    """RegionBlock with two maps and the bag vector of a previous block, against the equations written with matrices."""
     torch.manual_seed(1)
     B, N, D, K = 3, 20, 8, 5
     block = randomize(RegionBlock([6, D], D, K, depth=2, first=False, bag_scale=1.5, backend="reference")).double()

@@ -11,7 +11,7 @@ from amil_fast.nn.pooling import make_pooling
 
 
 class RegionBlock(nn.Module):
-    r"""Block :math:`G_n`: an MI-RNet whose bag is a feature map and whose instances are its pixels (Eq. 7-9).
+    r"""Block :math:`G_n`: an MI-RNet whose bag is a feature map and whose instances are its pixels (Eq. 1).
 
     .. math::
         x^l = \mathrm{ReLU}(A_l x^{l-1} + B_l X^{l-1} + c_l), \quad X^l = M^l(x^l) + X^{l-1}, \quad l = 1..L
