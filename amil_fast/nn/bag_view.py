@@ -41,22 +41,22 @@ class BagView:
             check_bag_values(instances, lengths, cu_seqlens)
         self.instances = instances
         self._x: torch.Tensor | None = None
+        self._bag_indices: torch.Tensor | None = None
         self.cu_seqlens = cu_seqlens
         if cu_seqlens is not None:
             self.mask = None
             self.num_bags = cu_seqlens.shape[0] - 1
-            self._index = bag_index(instances, cu_seqlens)
         else:
             self.mask = bag_mask(instances, mask, lengths)
             self.num_bags = instances.shape[0]
-            self._index = None
 
     def with_instances(self, instances: torch.Tensor) -> BagView:
         """View of the same bags with other instances: ``(B, N, D')`` or ``(total, D')``, not validated."""
         view = BagView.__new__(BagView)
         view.instances = instances
         view._x = None
-        view.mask, view.cu_seqlens, view.num_bags, view._index = self.mask, self.cu_seqlens, self.num_bags, self._index
+        view.mask, view.cu_seqlens, view.num_bags = self.mask, self.cu_seqlens, self.num_bags
+        view._bag_indices = None if self.cu_seqlens is None else self.bag_indices
         return view
 
     @property
@@ -66,6 +66,13 @@ class BagView:
             mask = self.mask
             self._x = self.instances if mask is None else torch.where(mask[:, :, None], self.instances, 0)
         return self._x
+
+    @property
+    def bag_indices(self) -> torch.Tensor:
+        """Bag index of every row of packed bags: int64 ``(total,)``. Lazy, since adjust pooling does not need it."""
+        if self._bag_indices is None:
+            self._bag_indices = bag_index(self.instances, self.cu_seqlens)
+        return self._bag_indices
 
     def wide(self) -> torch.Tensor:
         """:attr:`x` in the accumulation dtype: float64 for float64, float32 otherwise."""
@@ -81,13 +88,13 @@ class BagView:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum per bag: ``(..., D)`` -> ``(B, D)``. The padding of ``values`` must hold 0."""
-        if self._index is None:
+        if self.cu_seqlens is None:
             return values.sum(1)
-        return values.new_zeros(self.num_bags, *values.shape[1:]).index_add(0, self._index, values)
+        return values.new_zeros(self.num_bags, *values.shape[1:]).index_add(0, self.bag_indices, values)
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Maximum per bag: ``(..., D)`` -> ``(B, D)``, 0 for empty bags. Ties share the gradient equally."""
-        if self._index is None:
+        if self.cu_seqlens is None:
             if values.shape[1] == 0:
                 return values.new_zeros(self.num_bags, *values.shape[2:])
             if self.mask is None:
@@ -95,12 +102,12 @@ class BagView:
             largest = values.masked_fill(~self.mask[:, :, None], -torch.inf).amax(1)
             return torch.where(self.mask.any(1)[:, None], largest, 0)
         zeros = values.new_zeros(self.num_bags, *values.shape[1:])
-        index = self._index[:, None].expand_as(values)
+        index = self.bag_indices[:, None].expand_as(values)
         return zeros.scatter_reduce(0, index, values, "amax", include_self=False)
 
     def softmax(self, scores: torch.Tensor) -> torch.Tensor:
         """Softmax over the instances of every bag, 0 in the padding: ``(B, N)`` or ``(total,)`` -> the same."""
-        if self._index is None:
+        if self.cu_seqlens is None:
             if self.mask is None:
                 return torch.softmax(scores, 1)
             # The weights of an empty bag are uniform before the second line sets them to 0.
@@ -111,11 +118,11 @@ class BagView:
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Repeats a value per bag for each of its instances: ``(B, ...)`` -> ``(B, 1, ...)`` or ``(total, ...)``."""
-        return values[:, None] if self._index is None else values[self._index]
+        return values[:, None] if self.cu_seqlens is None else values[self.bag_indices]
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """``Σ_i w_i x_i`` in the accumulation dtype: ``(B, D)``."""
         x = self.wide()
-        if self._index is None:
+        if self.cu_seqlens is None:
             return torch.einsum("bn,bnd->bd", weights, x)
         return self.sum(weights[:, None] * x)
