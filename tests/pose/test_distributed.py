@@ -31,7 +31,7 @@ SETTINGS = {
     "optimizer.lr": 1e-4,
     "loss.adversarial": 0.1,
     "run.checkpoint_steps": 1,
-    "run.seed": 1,
+    "run.seed": 5,
 }
 
 
