@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amil_fast.cli.common import INTERRUPTED, change_config, fail, progress_bar, read_config
+from amil_fast.cli.common import (
+    INTERRUPTED,
+    change_config,
+    fail,
+    print_plain,
+    print_written,
+    progress_bar,
+    read_config,
+)
 from amil_fast.utils.files import write_json, write_text
 
 
@@ -72,5 +80,5 @@ def ablate(
     text = ablation.to_markdown(table)
     write_text(out / "ablation.md", text)
     ablation.draw(out / "ablation.png", table)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"written: {out / 'ablation.md'}", markup=False, highlight=False, soft_wrap=True)
+    print_plain(console, text)
+    print_written(console, out / "ablation.md")

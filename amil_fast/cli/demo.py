@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from amil_fast.cli.common import fail, progress_bar
+from amil_fast.cli.common import fail, print_written, progress_bar
 from amil_fast.mil import demo as mil_demo
 
 _EPOCHS = 30
@@ -62,7 +62,7 @@ def _show_figures(console, folder, seed, image):
 
 def _written(console, folder, names):
     for name in names:
-        console.print(f"written: {folder / name}", markup=False, highlight=False, soft_wrap=True)
+        print_written(console, folder / name)
 
 
 def _number(value):

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from amil_fast.cli.common import fail, progress_bar
+from amil_fast.cli.common import fail, print_plain, print_written, progress_bar
 from amil_fast.mil import study as mil_study
 from amil_fast.mil.bag_files import load_bags
 from amil_fast.mil.cross_validation import cross_validate, format_accuracy
@@ -108,7 +108,7 @@ def cv(
             write_json(json_file, {"file": data.name, **result})
         except OSError as error:
             fail(f"{json_file}: cannot be written: {error.strerror}")
-        console.print(f"written: {json_file}", markup=False, highlight=False, soft_wrap=True)
+        print_written(console, json_file)
 
 
 def _cv_table(result):
@@ -174,5 +174,5 @@ def study(
         fail(error)
     except OSError as error:
         fail(f"{out}: {error}")
-    console.print(mil_study.to_markdown(table), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"written: {out / 'study.json'}, study.md, study.png", markup=False, highlight=False, soft_wrap=True)
+    print_plain(console, mil_study.to_markdown(table))
+    print_plain(console, f"written: {out / 'study.json'}, study.md, study.png")
