@@ -68,7 +68,7 @@ def publish(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:
     Args:
         folder: created if necessary; files of the same names are replaced, others stay.
         write: called with an empty folder to put the files in. They are flushed to the disk and renamed in the order of
-            their names, so that the last one can vouch for the others.
+            their names, so that the presence of the last one implies the others.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
