@@ -81,7 +81,7 @@ def predict(
         margin: side of the crop in units of the box's longer side; by default 1.25, and 1 for whole images.
         passes: 2 or more for two-stage prediction on whole images: each further pass predicts on a crop around the
             joints of the one before. Has no effect with ``boxes``.
-        on_progress: called with (images done, total number, or None if a video does not tell its length).
+        on_progress: called with (images done, total number, or None if a video does not state its length).
         on_problem: called with a message for every unreadable input; the others are processed.
 
     Returns:
@@ -222,7 +222,7 @@ def _output_names(inputs, out, overlays):
 
 
 def _count_frames(found):
-    """Number of images and frames; None if a video does not tell its length."""
+    """Number of images and frames; None if a video does not state its length."""
     total = 0
     for path, _ in found:
         expected = 1
