@@ -171,6 +171,16 @@ def test_padding_and_empty_bags(activation):
     assert (grad[~real] == 0).all() and torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize(("score", "activation"), [(0.0, "softplus"), (math.log(2), None)])
+def test_an_instance_with_probability_one_half_is_positive(score, activation):
+    """u_j = 1 for q_j = 1/2 (Eq. 14): the gradient is that of −log q, not of −log(1 − q)."""
+    z = torch.full((1, 1, 1), score, dtype=torch.float64, requires_grad=True)
+    result = noisy_or_loss(z, torch.ones(1, 1), activation=activation)
+    assert result.instance.item() == pytest.approx(math.log(2))
+    (grad,) = torch.autograd.grad(result.instance.sum(), z)
+    assert grad.item() == pytest.approx(-0.5 if activation else -1.0)
+
+
 def test_noisy_or_errors():
     with pytest.raises(ValueError, match="labels: expected shape"):
         noisy_or_loss(torch.zeros(2, 3, 1), torch.zeros(2))

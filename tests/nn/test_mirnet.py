@@ -66,6 +66,15 @@ def test_scales(pooling):
     assert relative_error(output.embedding, X) < 1e-14
 
 
+def test_instance_norm_removes_the_scale_of_short_and_long_instances():
+    net, x = net_and_bags(instance_norm=2.0)
+    expected = net(x, cu_seqlens=CU)
+    for factor in (0.05, 20.0):  # the biases are 0, so that the layers are homogeneous
+        assert relative_error(net(factor * x, cu_seqlens=CU).logits, expected.logits) < 2e-3, factor
+    lengths = net.layers[0](x).relu().norm(dim=1)
+    assert 0.05 * lengths[lengths > 0].min() < 0.1
+
+
 def test_classes():
     net, x = net_and_bags(num_classes=4)
     output = net(x, cu_seqlens=CU)

@@ -311,6 +311,44 @@ def test_strides(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("form", ["mask", "lengths", "cu_seqlens"])
+def test_strides_of_bag_sizes_and_upstream_gradients(backend, form):
+    """Mask, lengths, offsets and the gradients of both outputs may have any strides."""
+    x = random_bags(4, 6, 5)
+    mask = torch.rand(6, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    where = {
+        "mask": mask.T,
+        "lengths": torch.tensor([6, 99, 0, 99, 4, 99, 1, 99])[::2],
+        "cu_seqlens": torch.tensor([0, 99, 7, 99, 7, 99, 20, 99, 24, 99])[::2],
+    }[form]
+    assert not where.is_contiguous()
+    x = x.flatten(0, 1) if form == "cu_seqlens" else x
+    results = []
+    for sizes, spread in ((where, 2), (where.contiguous(), 1)):
+        leaf = x.clone().requires_grad_()
+        outputs = adjust_pool(leaf, return_weights=True, backend=backend, **{form: sizes})
+        generator = torch.Generator().manual_seed(2)
+        upstream = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outputs]
+        upstream = [u.repeat_interleave(spread, -1)[..., ::spread] for u in upstream]
+        assert all(u.is_contiguous() == (spread == 1) for u in upstream)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaf, upstream)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+@BACKENDS
+def test_every_nonzero_mask_value_is_an_instance(backend):
+    x = random_bags(2, 4, 3)
+    expected = adjust_pool(x, torch.tensor([[True, True, False, True], [False, True, True, False]]), backend=backend)
+    for mask in (
+        torch.tensor([[1.0, -1.0, 0.0, 0.5], [-0.0, -3.0, 1e-30, 0.0]]),
+        torch.tensor([[1, -1, 0, 7], [0, -128, 127, 0]], dtype=torch.int8),
+        torch.tensor([[1.0, -1.0, 0.0, torch.inf], [0.0, torch.nan, 2.0, 0.0]], dtype=torch.float16),
+    ):
+        assert torch.equal(adjust_pool(x, mask, backend=backend), expected), mask.dtype
+
+
+@BACKENDS
 def test_empty_inputs(backend):
     for shape in ((0, 5, 3), (2, 0, 3), (0, 0, 3)):
         x = torch.zeros(shape, requires_grad=True)

@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
 from amil_fast.pose.data import SPORTS, CropArchive, DataError, PoseDataset, PoseLoader, load_lspet, load_mpii, pack
 from amil_fast.pose.skeletons import Skeleton
@@ -171,6 +172,25 @@ def test_damage(people, tmp_path):
         dataset[2]
     with pytest.raises(DataError, match=r"a.pack: expected the content that .*a.pack.index describes"):
         dataset.verify()
+
+
+@pytest.mark.parametrize("change", ["decreasing", "equal", "first", "last"])
+def test_inconsistent_offsets(people, tmp_path, change):
+    pack(people, tmp_path / "a.pack", 48)
+    index = tmp_path / "a.pack.index"
+    with safe_open(index, "numpy") as file:
+        metadata = file.metadata()
+    arrays = load_file(index)
+    offsets = arrays["offsets"] = arrays["offsets"].copy()
+    if change == "decreasing":
+        offsets[[2, 3]] = offsets[[3, 2]]
+    elif change == "equal":
+        offsets[3] = offsets[2]
+    else:
+        offsets[{"first": 0, "last": -1}[change]] -= 1
+    index.write_bytes(save(arrays, metadata=metadata))
+    with pytest.raises(DataError, match=r"a.pack.index: expected the index of a crop archive: inconsistent tables"):
+        CropArchive(tmp_path / "a.pack")
 
 
 def copy_of(skeleton):

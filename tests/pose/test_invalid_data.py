@@ -79,7 +79,8 @@ def test_image_damaged_after_loading(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.jpg", "/etc/passwd", "a/../../b.jpg", "C:\\x.jpg", "\\\\host\\x", "", "a\0b", 7]
+    "name",
+    ["../secret.jpg", "/etc/passwd", "a/../../b.jpg", "a\\..\\b.jpg", "C:\\x.jpg", "\\\\host\\x", "", "a\0b", 7],
 )
 def test_paths_outside_the_data_set(tmp_path, name):
     rows = make.mpii_rows(tmp_path)
@@ -188,6 +189,20 @@ def test_truncated_images_are_detected(tmp_path, suffix):
     if suffix == ".jpg":
         path.write_bytes(data + b"trailing bytes as some cameras append")
         assert image_size(path) == (64, 48)
+
+
+def test_end_marker_of_a_thumbnail_does_not_end_the_image(tmp_path):
+    """A JPEG truncated in its coded data, with a complete thumbnail in its header."""
+    whole = make.picture(tmp_path / "a.jpg", 64, 48).read_bytes()
+    thumbnail = make.picture(tmp_path / "b.jpg", 16, 12).read_bytes()
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    path = tmp_path / "c.jpg"
+    path.write_bytes(whole[:2] + segment + whole[2:])
+    assert image_size(path) == (64, 48)
+    path.write_bytes(whole[:2] + segment + whole[2:-40])
+    for read in (image_size, read_image):
+        with pytest.raises(DataError, match=r"c.jpg: truncated JPEG file"):
+            read(path)
 
 
 def test_reduced_decoding_introduces_no_shift(tmp_path):

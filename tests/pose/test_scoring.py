@@ -81,6 +81,34 @@ def test_coco_rows_are_matched_to_people(tmp_path):
     np.testing.assert_allclose(found[1:][truth.valid[1:]], truth.joints[1:][truth.valid[1:]])
 
 
+def test_predictions_without_joints_are_assigned_last(tmp_path):
+    """A row of NaN has the largest possible distance to every person, not the smallest."""
+    content = make.coco(tmp_path)
+    truth = GroundTruth.of(load_coco(tmp_path))
+    row = content["annotations"][0]  # one of two people of its image
+    offset = np.array([0.5, 0, 0])
+    shifted = (np.reshape(row["keypoints"], (17, 3)) + offset).reshape(-1).tolist()
+    rows = [{"image_id": row["image_id"], "keypoints": k} for k in ([None] * 51, [None] * 51, shifted)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(rows))
+    found = read_predictions(path, truth)
+    np.testing.assert_allclose(found[0][truth.valid[0]], truth.joints[0][truth.valid[0]] + offset[:2])
+
+
+def test_errors_of_people_are_clipped_at_one(tmp_path):
+    """One distant joint of 14 counts as an error of 1."""
+    truth = truth_of_lsp(tmp_path)
+    found = truth.joints.copy()
+    joint = int(np.flatnonzero(truth.valid[0])[0])
+    found[0, joint] += 1e4
+    result = score(found, truth)
+    expected = np.zeros(len(found))
+    expected[0] = 1 / truth.valid[0].sum()
+    counted = np.isfinite(result.sample_errors)
+    assert counted[0]
+    np.testing.assert_allclose(result.sample_errors[counted], expected[counted])
+
+
 def test_image_names(tmp_path):
     truth = truth_of_lsp(tmp_path)
     path = tmp_path / "results.json"
