@@ -1,5 +1,6 @@
 """Two processes under torchrun against one process with the whole batch."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import amil_fast
-from amil_fast.pose.training import PoseTraining, checkpoints
+from amil_fast.pose.training import PoseTraining, checkpoints, train
+from amil_fast.pose.training.distributed import end_process_group
 from tests.pose.training_runs import (  # one_thread is a fixture
     TINY,
     data_with_gaps,
@@ -113,6 +115,17 @@ def test_synchronized_batch_norm(two):
     torch.testing.assert_close(torch.cat([half["x"] for half in halves]), x.grad, rtol=1e-10, atol=1e-12)
     layer.eval()
     torch.testing.assert_close(torch.cat([half["evaluated"] for half in halves]), layer(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"schedule.epochs": 1}, {"run.accumulation": 3}], ids=["done", "failed"])
+def test_training_ends_the_process_group(tmp_path, settings):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with contextlib.suppress(ValueError):
+            train(TINY.override(settings), tmp_path, quiet_console())
+        assert not torch.distributed.is_initialized()
+    finally:
+        end_process_group()
 
 
 def test_batch_must_divide(tmp_path):

@@ -18,6 +18,7 @@ from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import Result
 from amil_fast.pose.training import checkpoints
 from amil_fast.pose.training.config import PRECISIONS, TrainConfig
+from amil_fast.pose.training.distributed import end_process_group
 from amil_fast.pose.training.meter import LossMeter, NotFinite, TrainingProgress
 from amil_fast.pose.training.networks import Networks
 from amil_fast.pose.training.run_folder import RunFolder
@@ -287,8 +288,14 @@ class PoseTraining:
 
 
 def train(config: TrainConfig, out: str | Path, console: Console, *, resume: bool = False) -> dict[str, Any] | None:
-    """Trains a pose model and returns its summary; see :class:`PoseTraining` for arguments and errors."""
-    return PoseTraining(config, out, console, resume=resume).run()
+    """Trains a pose model and returns its summary; see :class:`PoseTraining` for arguments and errors.
+
+    Ends the process group, so that the processes of a launcher can exit afterwards.
+    """
+    try:
+        return PoseTraining(config, out, console, resume=resume).run()
+    finally:
+        end_process_group()
 
 
 def _accelerator(config):
