@@ -124,10 +124,10 @@ def pool_bags(
 
 
 # The registered operator. Besides bag vectors and weights (of shape (0,) unless requested) it returns the saved
-# activations of the backward pass, in the accumulation dtype: sigma (B, T, D), the bag embeddings before the squash, and
-# softmax_stats (B, T, 2), pairs (shift, scale) with which w_i = exp(b_i - shift) * scale for logits b; (0, 0) for an
-# empty bag. (Their combination, the log-sum-exp, would lose log(scale) to rounding where the logits are large.) Nothing
-# of size N x D is saved.
+# activations of the backward pass, in the accumulation dtype: sigma (B, T, D), the bag embeddings before the squash;
+# and softmax_stats (B, T, 2), pairs (shift, scale) with w_i = exp(b_i - shift) * scale for the logits b, (0, 0) for an
+# empty bag. (The log-sum-exp, shift - log(scale), would lose log(scale) to rounding at large logits.) Nothing of size
+# N x D is saved.
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _BAGS = "Tensor instances, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens"
 _library.define(

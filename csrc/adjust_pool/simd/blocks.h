@@ -65,8 +65,8 @@ struct Squash {
         n = n2 < kTinySquare<A> ? tiny_norm(sigma, Dp) : static_cast<A>(__builtin_sqrt(n2));
     }
     A factor() const { return n / (1 + n2); }  // s = factor * sigma
-    // J' g = factor * g + radial(sigma . g) * sigma; 0 at sigma = 0. No higher power of the norm than n2 is formed, as it
-    // would overflow or underflow.
+    // J' g = factor * g + radial(sigma . g) * sigma; 0 at sigma = 0. No higher power of the norm than n2 is formed, as
+    // it would overflow or underflow.
     A radial(A sigma_dot_g) const {
         return n > 0 ? (1 - n2) / (1 + n2) / (1 + n2) * (sigma_dot_g / n) : A(n2 != n2 ? n2 : 0);
     }
