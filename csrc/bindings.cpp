@@ -42,24 +42,24 @@ amil::Bags make_bags(uintptr_t instances, int dtype, int64_t B, int64_t N, int64
 // Both take the arguments of make_bags, followed by the addresses of the remaining tensors.
 void adjust_pool_forward(uintptr_t instances, int dtype, int64_t B, int64_t N, int64_t D, int64_t bag_stride,
                          int64_t row_stride, uintptr_t offsets, uintptr_t lengths, uintptr_t mask, int T,
-                         int num_threads, uintptr_t bag, uintptr_t weights, uintptr_t sigma, uintptr_t lse) {
+                         int num_threads, uintptr_t bag, uintptr_t weights, uintptr_t sigma, uintptr_t softmax_stats) {
     const py::gil_scoped_release release;
     const amil::Bags bags =
         make_bags(instances, dtype, B, N, D, bag_stride, row_stride, offsets, lengths, mask, T, num_threads);
-    amil::adjust_pool_forward(bags,
-                              {pointer<void>(bag), pointer<void>(weights), pointer<void>(sigma), pointer<void>(lse)});
+    amil::adjust_pool_forward(
+        bags, {pointer<void>(bag), pointer<void>(weights), pointer<void>(sigma), pointer<void>(softmax_stats)});
 }
 
 void adjust_pool_backward(uintptr_t instances, int dtype, int64_t B, int64_t N, int64_t D, int64_t bag_stride,
                           int64_t row_stride, uintptr_t offsets, uintptr_t lengths, uintptr_t mask, int T,
-                          int num_threads, uintptr_t grad_bag, uintptr_t grad_weights, uintptr_t sigma, uintptr_t lse,
-                          bool detach_routing, uintptr_t grad_instances) {
+                          int num_threads, uintptr_t grad_bag, uintptr_t grad_weights, uintptr_t sigma,
+                          uintptr_t softmax_stats, bool detach_routing, uintptr_t grad_instances) {
     const py::gil_scoped_release release;
     const amil::Bags bags =
         make_bags(instances, dtype, B, N, D, bag_stride, row_stride, offsets, lengths, mask, T, num_threads);
     amil::adjust_pool_backward(
         bags, {pointer<const void>(grad_bag), pointer<const void>(grad_weights), pointer<const void>(sigma),
-               pointer<const void>(lse), detach_routing, pointer<void>(grad_instances)});
+               pointer<const void>(softmax_stats), detach_routing, pointer<void>(grad_instances)});
 }
 
 // A DecodeCall together with the array that its `swap` refers to; `DecodeCall` in Python.

@@ -124,17 +124,19 @@ def pool_bags(
 
 
 # The registered operator. Besides bag vectors and weights (of shape (0,) unless requested) it returns the saved
-# activations of the backward pass: sigma (B, T, D), the bag embeddings before the squash, and lse (B, T), the
-# log-sum-exp of the logits, both in the accumulation dtype. Nothing of size N x D is saved.
+# activations of the backward pass, in the accumulation dtype: sigma (B, T, D), the bag embeddings before the squash;
+# and softmax_stats (B, T, 2), pairs (shift, scale) with w_i = exp(b_i - shift) * scale for the logits b, (0, 0) for an
+# empty bag. (The log-sum-exp, shift - log(scale), would lose log(scale) to rounding at large logits.) Nothing of size
+# N x D is saved.
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _BAGS = "Tensor instances, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens"
 _library.define(
     f"adjust_pool({_BAGS}, int num_iters, bool return_weights, bool detach_routing, str backend)"
-    " -> (Tensor bag, Tensor weights, Tensor sigma, Tensor lse)",
+    " -> (Tensor bag, Tensor weights, Tensor sigma, Tensor softmax_stats)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    f"adjust_pool_backward(Tensor? grad_bag, Tensor? grad_weights, {_BAGS}, Tensor sigma, Tensor lse,"
+    f"adjust_pool_backward(Tensor? grad_bag, Tensor? grad_weights, {_BAGS}, Tensor sigma, Tensor softmax_stats,"
     " bool detach_routing, str backend) -> Tensor grad_instances",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -151,9 +153,11 @@ def _forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, de
     return _implementation(backend).forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights)
 
 
-def _backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, backend):
+def _backward(
+    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing, backend
+):
     return _implementation(backend).backward(
-        grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing
+        grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing
     )
 
 
@@ -171,28 +175,30 @@ def _forward_fake(instances, mask, lengths, cu_seqlens, num_iters, return_weight
         instances.new_empty(num_bags, D),
         instances.new_empty(instances.shape[:-1] if return_weights else (0,), dtype=dtype),
         instances.new_empty(num_bags, num_iters, D, dtype=dtype),
-        instances.new_empty(num_bags, num_iters, dtype=dtype),
+        instances.new_empty(num_bags, num_iters, 2, dtype=dtype),
     )
 
 
 @torch.library.register_fake("amil_fast::adjust_pool_backward", lib=_library)
-def _backward_fake(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, backend):
+def _backward_fake(
+    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing, backend
+):
     return instances.new_empty(instances.shape)
 
 
 def _setup_context(ctx, inputs, output):
     instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend = inputs
-    _, weights, sigma, lse = output
+    _, weights, sigma, softmax_stats = output
     ctx.set_materialize_grads(False)
     # The weights of the first iteration are 1/m; detached weights are constants by definition.
     constant_weights = not return_weights or detach_routing or num_iters == 1
-    ctx.mark_non_differentiable(*([weights] if constant_weights else []), sigma, lse)
-    ctx.save_for_backward(instances, mask, lengths, cu_seqlens, sigma, lse)
+    ctx.mark_non_differentiable(*([weights] if constant_weights else []), sigma, softmax_stats)
+    ctx.save_for_backward(instances, mask, lengths, cu_seqlens, sigma, softmax_stats)
     ctx.num_iters, ctx.detach_routing, ctx.backend = num_iters, detach_routing, backend
 
 
-def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_lse):
-    instances, mask, lengths, cu_seqlens, sigma, lse = ctx.saved_tensors
+def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_softmax_stats):
+    instances, mask, lengths, cu_seqlens, sigma, softmax_stats = ctx.saved_tensors
     no_grads = (None,) * 7  # for the other inputs
     if grad_bag is None and grad_weights is None:
         return None, *no_grads
@@ -201,7 +207,16 @@ def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_lse):
     registered = torch.ops.amil_fast.adjust_pool_backward.default
     call = registered if backends.dispatcher_has_work(instances) else _backward
     grad = call(
-        grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, ctx.detach_routing, ctx.backend
+        grad_bag,
+        grad_weights,
+        instances,
+        mask,
+        lengths,
+        cu_seqlens,
+        sigma,
+        softmax_stats,
+        ctx.detach_routing,
+        ctx.backend,
     )
     return grad, *no_grads
 

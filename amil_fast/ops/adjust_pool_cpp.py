@@ -40,27 +40,31 @@ def _describe(instances, mask, lengths, cu_seqlens, num_iters):
 
 
 def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights):
-    """Returns ``(bag, weights, sigma, lse)`` of the registered operator ``amil_fast::adjust_pool``."""
+    """Returns ``(bag, weights, sigma, softmax_stats)`` of the registered operator ``amil_fast::adjust_pool``."""
     num_bags = instances.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     D = instances.shape[-1]
     dtype = accumulation_dtype(instances.dtype)
     bag = instances.new_empty(num_bags, D)
     weights = instances.new_empty(instances.shape[:-1] if return_weights else (0,), dtype=dtype)
     sigma = instances.new_empty(num_bags, num_iters, D, dtype=dtype)
-    lse = instances.new_empty(num_bags, num_iters, dtype=dtype)
+    softmax_stats = instances.new_empty(num_bags, num_iters, 2, dtype=dtype)
     described, kept_alive = _describe(instances, mask, lengths, cu_seqlens, num_iters)
     native().adjust_pool_forward(
-        *described, bag.data_ptr(), weights.data_ptr() if return_weights else 0, sigma.data_ptr(), lse.data_ptr()
+        *described,
+        bag.data_ptr(),
+        weights.data_ptr() if return_weights else 0,
+        sigma.data_ptr(),
+        softmax_stats.data_ptr(),
     )
     del kept_alive
-    return bag, weights, sigma, lse
+    return bag, weights, sigma, softmax_stats
 
 
-def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing):
+def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing):
     """Returns the gradient of ``instances``, a contiguous tensor."""
     grad_bag = grad_bag.contiguous() if grad_bag is not None else None
     grad_weights = grad_weights.contiguous() if grad_weights is not None else None
-    sigma, lse = sigma.contiguous(), lse.contiguous()
+    sigma, softmax_stats = sigma.contiguous(), softmax_stats.contiguous()
     grad_instances = _empty(instances.shape, instances.dtype)
     described, kept_alive = _describe(instances, mask, lengths, cu_seqlens, sigma.shape[1])
     native().adjust_pool_backward(
@@ -68,7 +72,7 @@ def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma
         _address(grad_bag),
         _address(grad_weights),
         sigma.data_ptr(),
-        lse.data_ptr(),
+        softmax_stats.data_ptr(),
         detach_routing,
         grad_instances.data_ptr(),
     )

@@ -55,7 +55,7 @@ void adjust_pool_forward(const Bags& bags, const ForwardOutputs& out) {
     const ForwardKernels& kernels = forward_kernels(bags.dtype);
     ForwardBag prototype{};
     prototype.sigma = out.sigma;
-    prototype.lse = out.lse;
+    prototype.softmax_stats = out.softmax_stats;
     prototype.bag = out.bag;
     prototype.weights = out.weights;
     ForwardSchedule schedule(bags, prototype);
@@ -87,7 +87,7 @@ void adjust_pool_backward(const Bags& bags, const BackwardArguments& args) {
     const BackwardKernels& kernels = backward_kernels(bags.dtype);
     BackwardBag prototype{};
     prototype.sigma = args.sigma;
-    prototype.lse = args.lse;
+    prototype.softmax_stats = args.softmax_stats;
     prototype.grad_bag = args.grad_bag;
     prototype.grad_weights = args.grad_weights;
     prototype.grad_f = args.grad_instances;
@@ -133,7 +133,7 @@ void adjust_pool_backward(const Bags& bags, const BackwardArguments& args) {
                     [&](BackwardBag& bag) {
                         if (!bag.detach_routing) kernels.merge(bag, t);
                     });
-            for (BackwardSchedule::Slot& slot : slots) kernels.end(slot.bag);
+            schedule.for_bags(slots, [&](BackwardBag& bag) { kernels.end(bag); });
             schedule.for_chunks(
                 slots,
                 [&](BackwardBag& bag, int64_t k, void* stage) {

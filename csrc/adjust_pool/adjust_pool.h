@@ -24,17 +24,17 @@ struct Bags {
 };
 
 struct ForwardOutputs {
-    void* bag;      // (B, D), dtype
-    void* weights;  // (B, N) or (total,), acc; nullptr if not requested
-    void* sigma;    // (B, T, D), acc
-    void* lse;      // (B, T), acc
+    void* bag;            // (B, D), dtype
+    void* weights;        // (B, N) or (total,), acc; nullptr if not requested
+    void* sigma;          // (B, T, D), acc
+    void* softmax_stats;  // (B, T, 2), acc: shift and scale, see kernels.h
 };
 
 struct BackwardArguments {
-    const void* grad_bag;      // (B, D) contiguous, dtype; nullptr = 0
-    const void* grad_weights;  // (B, N) or (total,) contiguous, acc; nullptr = 0
-    const void* sigma;         // (B, T, D), acc
-    const void* lse;           // (B, T), acc
+    const void* grad_bag;       // (B, D) contiguous, dtype; nullptr = 0
+    const void* grad_weights;   // (B, N) or (total,) contiguous, acc; nullptr = 0
+    const void* sigma;          // (B, T, D), acc
+    const void* softmax_stats;  // (B, T, 2), acc
     bool detach_routing;
     void* grad_instances;  // (B, N, D) or (total, D) contiguous, dtype; every element is written
 };

@@ -8,10 +8,17 @@
 //     sigma^t = sum_i w_i f_i (Eq. 2),  w = softmax(F S_{t-1}) (Eq. 4),  s^t = squash(sigma^t) (Eq. 3),
 //     S_t = S_{t-1} + s^t
 //
-// Backward, with g = dL/ds^T, e^t = dL/dsigma^t, squash's Jacobian J, v = dL/dw^T and lse^t the log-sum-exp of b^t:
+// For each iteration, the softmax is saved as two numbers:
+//
+//     w_i = exp(b_i - shift) scale,  scale = 1 / sum_i exp(b_i - shift);  scale = 0 for an empty bag
+//
+// with a shift close to the largest logit. (Their combination, the log-sum-exp, would lose log(1 / scale) to rounding
+// where the logits are large: in float32 the weights of 1000 equal instances of norm 10^6 would sum to 1.033.)
+//
+// Backward, with g = dL/ds^T, e^t = dL/dsigma^t, squash's Jacobian J, v = dL/dw^T:
 //
 //     e^T = J(sigma^T)' g
-//     for t = T ... 2:   w_i    = exp(f_i . S_{t-1} - lse^t)
+//     for t = T ... 2:   w_i    = exp(f_i . S_{t-1} - shift^t) scale^t
 //                        beta_i = w_i (f_i . e^t + v_i [t = T] - c),  c = sigma^t . e^t + sum_j w_j v_j [t = T]
 //                        dL/dS_{t-1} = sum_i beta_i f_i
 //                        e^{t-1} = J(sigma^{t-1})' (dL/dS_{t-1} + ... + dL/dS_{T-1})
@@ -19,6 +26,12 @@
 //
 // The last line needs only the two scalars w_i^t and beta_i^t per instance and iteration. They are stored, so the final
 // pass writes dL/df without reading F.
+//
+// c equals sum_j w_j x_j, where x_j = f_j . e^t + v_j, and every x_i - c vanishes if one weight is 1. The c computed
+// from sigma differs from the sum over the rounded x_j by about eps |sigma| |e|, which every iteration multiplies by
+// |F|. The sum is known at the end of the pass only, so the pass uses c, and its end corrects by delta = sum_i beta_i,
+// which is 0 in exact arithmetic: beta_i - delta w_i is obtained by subtracting delta sigma^t from dL/dS_{t-1}, and
+// delta S_{t-1} from the e^t of the last line.
 //
 // A bag is divided into chunks of kChunkBytes; the division depends on the bag's size only. Each chunk contributes one
 // partial result, and partial results are merged in chunk order, so results are bit-identical for any number of threads
@@ -61,10 +74,10 @@ struct BagRows {
 
 // Arguments and workspace of the forward pass over one bag.
 struct ForwardBag : BagRows {
-    void* sigma;    // (T, D) acc, output
-    void* lse;      // (T,) acc, output
-    void* bag;      // (D,), output
-    void* weights;  // (rows_in_memory,) acc, output; nullptr if not requested
+    void* sigma;          // (T, D) acc, output
+    void* softmax_stats;  // (T, 2) acc, output
+    void* bag;            // (D,), output
+    void* weights;        // (rows_in_memory,) acc, output; nullptr if not requested
 
     // The part of the next bag that is still to be prefetched, and the number of bytes to advance per block of rows.
     const char *prefetch_begin, *prefetch_end;
@@ -75,11 +88,11 @@ struct ForwardBag : BagRows {
 
 // Arguments and workspace of the backward pass over one bag.
 struct BackwardBag : BagRows {
-    const void* sigma;         // (T, D) acc, from the forward pass
-    const void* lse;           // (T,) acc, from the forward pass
-    const void* grad_bag;      // (D,), or nullptr
-    const void* grad_weights;  // (rows_in_memory,) acc, or nullptr
-    void* grad_f;              // (rows_in_memory, D) contiguous, output
+    const void* sigma;          // (T, D) acc, from the forward pass
+    const void* softmax_stats;  // (T, 2) acc, from the forward pass
+    const void* grad_bag;       // (D,), or nullptr
+    const void* grad_weights;   // (rows_in_memory,) acc, or nullptr
+    void* grad_f;               // (rows_in_memory, D) contiguous, output
     bool detach_routing;
     bool non_temporal_stores;  // write grad_f past the cache: it is too large to stay there until it is read
 
@@ -108,7 +121,7 @@ struct OverlappedWrite {
 // `stage` is acc scratch of (kBlock + 1) * Dp elements, owned by the calling thread, whose last Dp elements are 0.
 struct ForwardKernels {
     void (*chunk)(ForwardBag& bag, int t, int64_t chunk, void* stage);  // partial sigma^t of a chunk
-    void (*merge)(ForwardBag& bag, int t);                  // sigma^t, lse^t and S_t; for t = T the pooled vector
+    void (*merge)(ForwardBag& bag, int t);                  // sigma^t, its softmax and S_t; for t = T the pooled vector
     void (*weights_chunk)(ForwardBag& bag, int64_t chunk);  // the weights of iteration T
 };
 

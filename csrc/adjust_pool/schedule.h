@@ -158,7 +158,10 @@ class Schedule {
     // Calls function(bag) for every bag.
     template <class Function>
     void for_bags(std::vector<Slot>& slots, Function function) {
-        parallel_for(static_cast<int64_t>(slots.size()), bags_.num_threads, [&](int64_t k) { function(slots[k].bag); });
+        parallel_for(static_cast<int64_t>(slots.size()), bags_.num_threads, [&](int64_t k) {
+            const FlushSubnormals flush;
+            function(slots[k].bag);
+        });
     }
 
   private:
@@ -222,13 +225,13 @@ class Schedule {
     // Offsets the tensors of the batch to bag b, whose first row in memory is first_row.
     void offset_tensors(ForwardBag& bag, int64_t b, int64_t first_row) const {
         offset(bag.sigma, b * bag.T * bag.D * acc_size_);
-        offset(bag.lse, b * bag.T * acc_size_);
+        offset(bag.softmax_stats, b * bag.T * 2 * acc_size_);
         offset(bag.bag, b * bag.D * size_of(bags_.dtype));
         offset(bag.weights, first_row * acc_size_);
     }
     void offset_tensors(BackwardBag& bag, int64_t b, int64_t first_row) const {
         offset(bag.sigma, b * bag.T * bag.D * acc_size_);
-        offset(bag.lse, b * bag.T * acc_size_);
+        offset(bag.softmax_stats, b * bag.T * 2 * acc_size_);
         offset(bag.grad_bag, b * bag.D * size_of(bags_.dtype));
         offset(bag.grad_weights, first_row * acc_size_);
         offset(bag.grad_f, first_row * bag.D * size_of(bags_.dtype));

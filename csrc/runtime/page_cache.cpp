@@ -3,9 +3,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <mutex>
 #include <new>
-#include <vector>
 
 namespace amil {
 namespace {
@@ -23,7 +23,16 @@ struct CachedBlock {
 
 struct PageCache {
     std::mutex mutex;
-    std::vector<CachedBlock> cached;  // oldest first
+    // Free blocks, oldest first. An array, since the destructor of a block must not fail for lack of memory.
+    CachedBlock blocks[kMaxCachedBlocks];
+    size_t count = 0;
+
+    CachedBlock take(size_t i) {
+        const CachedBlock block = blocks[i];
+        std::move(blocks + i + 1, blocks + count, blocks + i);
+        --count;
+        return block;
+    }
 };
 
 // Never destroyed: Python may free the last tensors after the destruction of static C++ objects.
@@ -50,16 +59,17 @@ void* map(size_t capacity) {
 }  // namespace
 
 PageBlock::PageBlock(size_t bytes) : size_(bytes) {
+    if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
     capacity_ = std::max<size_t>((bytes + kHugePage - 1) / kHugePage, 1) * kHugePage;
     {
-        const std::lock_guard<std::mutex> lock(cache().mutex);
-        std::vector<CachedBlock>& cached = cache().cached;
+        PageCache& free = cache();
+        const std::lock_guard<std::mutex> lock(free.mutex);
         // Reuse the most recently freed block that is large enough and at most twice as large as needed.
-        for (auto block = cached.rbegin(); block != cached.rend(); ++block) {
-            if (block->capacity < capacity_ || block->capacity / 2 > capacity_) continue;
-            data_ = block->data;
-            capacity_ = block->capacity;
-            cached.erase(std::next(block).base());
+        for (size_t i = free.count; i-- > 0;) {
+            if (free.blocks[i].capacity < capacity_ || free.blocks[i].capacity / 2 > capacity_) continue;
+            const CachedBlock block = free.take(i);
+            data_ = block.data;
+            capacity_ = block.capacity;
             return;
         }
     }
@@ -67,28 +77,33 @@ PageBlock::PageBlock(size_t bytes) : size_(bytes) {
 }
 
 PageBlock::~PageBlock() {
-    std::vector<CachedBlock> dropped;
+    CachedBlock dropped[kMaxCachedBlocks + 1];
+    size_t num_dropped = 0;
     {
-        const std::lock_guard<std::mutex> lock(cache().mutex);
-        std::vector<CachedBlock>& cached = cache().cached;
-        cached.push_back({data_, capacity_, false});
-        size_t bytes = 0;
-        for (auto block = cached.rbegin(); block != cached.rend(); ++block) {
-            bytes += block->capacity;
+        PageCache& free = cache();
+        const std::lock_guard<std::mutex> lock(free.mutex);
+        size_t bytes = capacity_;
+        for (size_t i = 0; i < free.count; ++i) bytes += free.blocks[i].capacity;
+        while (free.count && (bytes > kMaxCachedBytes || free.count == kMaxCachedBlocks)) {
+            bytes -= free.blocks[0].capacity;
+            dropped[num_dropped++] = free.take(0);
+        }
+        const CachedBlock block{data_, capacity_, false};
+        if (bytes > kMaxCachedBytes)
+            dropped[num_dropped++] = block;
+        else
+            free.blocks[free.count++] = block;
 #ifdef MADV_FREE
-            if (bytes > kMaxResidentBytes && !block->released) {
-                madvise(block->data, block->capacity, MADV_FREE);
-                block->released = true;
-            }
+        bytes = 0;
+        for (size_t i = free.count; i-- > 0;) {
+            bytes += free.blocks[i].capacity;
+            if (bytes <= kMaxResidentBytes || free.blocks[i].released) continue;
+            madvise(free.blocks[i].data, free.blocks[i].capacity, MADV_FREE);
+            free.blocks[i].released = true;
+        }
 #endif
-        }
-        while (!cached.empty() && (bytes > kMaxCachedBytes || cached.size() > kMaxCachedBlocks)) {
-            bytes -= cached.front().capacity;
-            dropped.push_back(cached.front());
-            cached.erase(cached.begin());
-        }
     }
-    for (const CachedBlock& block : dropped) munmap(block.data, block.capacity);
+    for (size_t i = 0; i < num_dropped; ++i) munmap(dropped[i].data, dropped[i].capacity);
 }
 
 }  // namespace amil

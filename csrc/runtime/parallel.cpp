@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -21,9 +23,16 @@ struct ParallelJob {
     const std::function<void(int64_t)>& task;
     int64_t num_tasks;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // written by the thread that sets `failed`
 
-    void work() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(i);
+    void work() noexcept {
+        try {
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(i);
+        } catch (...) {
+            if (!failed.exchange(true)) error = std::current_exception();
+            next.store(num_tasks, std::memory_order_relaxed);
+        }
     }
 };
 
@@ -40,12 +49,18 @@ void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(i
     if (gomp_parallel) {
         gomp_parallel([](void* data) { static_cast<ParallelJob*>(data)->work(); }, &job, static_cast<unsigned>(threads),
                       0);
-        return;
+    } else {
+        std::vector<std::thread> others;
+        others.reserve(threads - 1);
+        try {
+            for (int t = 1; t < threads; ++t) others.emplace_back([&job] { job.work(); });
+        } catch (const std::system_error&) {
+            // No more threads can be created; the existing ones run all tasks.
+        }
+        job.work();
+        for (std::thread& thread : others) thread.join();
     }
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back([&job] { job.work(); });
-    job.work();
-    for (std::thread& thread : others) thread.join();
+    if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace amil

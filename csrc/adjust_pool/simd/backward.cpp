@@ -21,7 +21,7 @@ struct BackwardScratch {
     A* beta(int t) const { return w(t) + bag.m; }
 
     const A* sigma(int t) const { return static_cast<const A*>(bag.sigma) + (t - 1) * bag.D; }
-    A lse(int t) const { return static_cast<const A*>(bag.lse)[t - 1]; }
+    const SoftmaxStats<A>& stats(int t) const { return static_cast<const SoftmaxStats<A>*>(bag.softmax_stats)[t - 1]; }
 };
 
 // Computes e^t = J(sigma^t)' g and sigma^t . e^t from sigma^t, which is in the temporary, and g = dL/ds^t.
@@ -30,8 +30,8 @@ void set_e(BackwardBag& bag, int t, const A* g) {
     const BackwardScratch<A> scratch{bag};
     const A* sigma = scratch.temporary();
     A* e = scratch.e(t);
-    const Squash<A> squash(dot(sigma, sigma, bag.Dp));
-    const A c = squash.factor(), k = squash.curvature() * dot(sigma, g, bag.Dp);
+    const Squash<A> squash(sigma, bag.Dp);
+    const A c = squash.factor(), k = squash.radial(dot(sigma, g, bag.Dp));
     for (int64_t d = 0; d < bag.Dp; ++d) e[d] = c * g[d] + k * sigma[d];
     bag.sigma_dot_e = dot(sigma, e, bag.Dp);
 }
@@ -43,7 +43,7 @@ void backward_begin(BackwardBag& bag) {
     for (int t = 1; t <= bag.T; ++t) {
         read_vector(scratch.sigma(t), sigma, bag);
         if (t == bag.T) break;
-        const A factor = Squash<A>(dot(sigma, sigma, bag.Dp)).factor();
+        const A factor = Squash<A>(sigma, bag.Dp).factor();
         A* S = scratch.S(t);
         for (int64_t d = 0; d < bag.Dp; ++d) S[d] = (t > 1 ? scratch.S(t - 1)[d] : A(0)) + factor * sigma[d];
     }
@@ -74,7 +74,7 @@ void weights_dot_chunk(BackwardBag& bag, int64_t chunk, void* stage) {
         PerRow<A> b;
         block_dots<1, false>(block.rows, &S, &b, bag.Dp, 0);
         A w[kBlock];
-        b.exp_minus(scratch.lse(bag.T)).to(w);
+        b.softmax(scratch.stats(bag.T)).to(w);
         for (int k = 0; k < block.n; ++k) sum += w[k] * grad_weight<A>(bag, r + k);
     }
     partial_scalars<A>(bag, chunk)[0] = sum;
@@ -197,21 +197,22 @@ void backward_rows(BackwardBag& bag, int t, int64_t chunk, void* stage, Overlapp
     A* acc = partial_sum<A>(bag, chunk);
     fill(acc, A(0), bag.Dp);
     const A* vectors[2] = {scratch.S(t - 1), scratch.e(t)};
-    const A lse = scratch.lse(t);
+    const SoftmaxStats<A> stats = scratch.stats(t);
     const A c = static_cast<A>(bag.sigma_dot_e + (with_grad_weights ? bag.weights_dot : 0));
     const int64_t end = chunk_end(bag, chunk);
+    PerRow<A> betas{};
     for (int64_t r = chunk_begin(bag, chunk); r < end; r += kBlock) {
         const RowBlock<In, A> block(bag, r, end, static_cast<A*>(stage));
         PerRow<A> dots[2];
         block_dots<2, kPrefetch>(block.rows, vectors, dots, bag.Dp, bag.prefetch_distance);
-        const PerRow<A> w = dots[0].first(block.n, -kInfinity<A>).exp_minus(lse);
+        const PerRow<A> w = dots[0].first(block.n, -kInfinity<A>).softmax(stats);
         A beta[kBlock];
         if (with_grad_weights) {
             dots[1].to(beta);
             for (int k = 0; k < block.n; ++k) beta[k] += grad_weight<A>(bag, r + k);
             dots[1] = PerRow<A>::from(beta);
         }
-        for (int k = 0; k < w.kVectors; ++k) dots[1].v[k] = w.v[k] * (dots[1].v[k] - c);
+        for (int k = 0; k < w.kVectors; ++k) betas.v[k] += dots[1].v[k] = w.v[k] * (dots[1].v[k] - c);
         dots[1].to(beta);
         if (block.n == kBlock) {
             w.to(scratch.w(t) + r);
@@ -225,6 +226,7 @@ void backward_rows(BackwardBag& bag, int t, int64_t chunk, void* stage, Overlapp
         if (!bag.detach_routing) block_sum<true, false, A>(block.rows, beta, acc, bag.Dp, 0);
         if (previous.bag) write_overlapped<In, A>(previous, stage);
     }
+    partial_scalars<A>(bag, chunk)[0] = betas.sum();
 }
 
 template <class In, class A>
@@ -237,10 +239,16 @@ template <class A>
 void backward_merge(BackwardBag& bag, int t) {
     const BackwardScratch<A> scratch{bag};
     bag.copied = bag.copy;
-    A* sum = scratch.sum();
+    A *sum = scratch.sum(), *e = scratch.e(t), delta = 0;
     for (int64_t k = 0; k < bag.num_chunks; ++k) {
         const A* acc = partial_sum<A>(bag, k);
         for (int64_t d = 0; d < bag.Dp; ++d) sum[d] += acc[d];
+        delta += partial_scalars<A>(bag, k)[0];
+    }
+    const A *sigma = scratch.temporary(), *S = scratch.S(t - 1);
+    for (int64_t d = 0; d < bag.Dp; ++d) {
+        sum[d] -= delta * sigma[d];
+        e[d] -= delta * S[d];
     }
     read_vector(scratch.sigma(t - 1), scratch.temporary(), bag);
     set_e(bag, t - 1, sum);

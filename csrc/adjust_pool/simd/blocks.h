@@ -40,14 +40,36 @@ void read_vector(const In* row, A* out, const BagRows& bag) {
     fill(out + bag.D, A(0), bag.Dp - bag.D);
 }
 
+// Squared norms below this are computed from a vector scaled by a power of two, since their terms underflow. (Above it,
+// the terms that underflow are less than a unit in the last place of the sum.)
+template <class A>
+constexpr A kTinySquare = static_cast<A>(sizeof(A) == 4 ? 0x1p-64 : 0x1p-900);
+template <class A>
+constexpr A kTinyScale = static_cast<A>(sizeof(A) == 4 ? 0x1p80 : 0x1p600);
+
+template <class A>
+__attribute__((noinline)) A tiny_norm(const A* v, int64_t Dp) {
+    Vec<A> sum{};
+    for (int64_t d = 0; d < Dp; d += kWidth<A>) {
+        const Vec<A> x = load(v + d) * kTinyScale<A>;
+        sum += x * x;
+    }
+    return static_cast<A>(__builtin_sqrt(sum_lanes<A>(sum))) / kTinyScale<A>;
+}
+
 // s = squash(sigma) = |sigma|^2 / (1 + |sigma|^2) sigma / |sigma| (Eq. 3) and its Jacobian J.
 template <class A>
 struct Squash {
     A n2, n;
-    explicit Squash(A squared_norm) : n2(squared_norm), n(__builtin_sqrt(squared_norm)) {}
+    Squash(const A* sigma, int64_t Dp) : n2(dot(sigma, sigma, Dp)) {
+        n = n2 < kTinySquare<A> ? tiny_norm(sigma, Dp) : static_cast<A>(__builtin_sqrt(n2));
+    }
     A factor() const { return n / (1 + n2); }  // s = factor * sigma
-    // J' g = factor * g + curvature * (sigma . g) * sigma; 0 at sigma = 0
-    A curvature() const { return n2 > 0 ? (1 - n2) / ((1 + n2) * (1 + n2) * n) : A(n2 != n2 ? n2 : 0); }
+    // J' g = factor * g + radial(sigma . g) * sigma; 0 at sigma = 0. No higher power of the norm than n2 is formed, as
+    // it would overflow or underflow.
+    A radial(A sigma_dot_g) const {
+        return n > 0 ? (1 - n2) / (1 + n2) / (1 + n2) * (sigma_dot_g / n) : A(n2 != n2 ? n2 : 0);
+    }
 };
 
 // ---- blocks of rows ----
@@ -88,6 +110,14 @@ struct RowBlock {
 // multiply-add, few enough to fit the registers.
 constexpr int kDotRows = kVectorBytes == 64 ? 8 : 4;
 
+// Softmax of the logits b of one bag and iteration: w_i = exp(b_i - shift) scale. The shift is close to the largest
+// logit, and scale = 1 / sum_i exp(b_i - shift). (Their combination to a single number, the log-sum-exp, would lose
+// log(1 / scale) to rounding where the logits are large.)
+template <class A>
+struct SoftmaxStats {
+    A shift, scale;
+};
+
 // One number for each row of a block.
 template <class A>
 struct PerRow {
@@ -114,6 +144,17 @@ struct PerRow {
         PerRow result;
         for (int k = 0; k < kVectors; ++k) result.v[k] = exp_vector(v[k] - shift);
         return result;
+    }
+    // The weights of rows whose logits these are.
+    PerRow softmax(const SoftmaxStats<A>& stats) const {
+        PerRow result = exp_minus(stats.shift);
+        for (int k = 0; k < kVectors; ++k) result.v[k] *= stats.scale;
+        return result;
+    }
+    A sum() const {
+        Vec<A> total = v[0];
+        for (int k = 1; k < kVectors; ++k) total += v[k];
+        return sum_lanes<A>(total);
     }
     A maximum() const {
         A all[kBlock];
@@ -201,7 +242,7 @@ inline int64_t chunk_end(const BagRows& bag, int64_t chunk) {
 }
 
 // A chunk's partial result: kBlock scalars, of which forward uses two (the shift of the exponentials and their sum) and
-// backward one (sum_j w_j v_j), then a vector of Dp entries, the weighted sum of rows.
+// backward one (sum_j w_j v_j, later the sum of beta), then a vector of Dp entries, the weighted sum of rows.
 template <class A>
 inline A* partial_scalars(const BagRows& bag, int64_t chunk) {
     return static_cast<A*>(bag.partials) + chunk * (kBlock + bag.Dp);

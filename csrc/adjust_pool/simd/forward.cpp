@@ -20,7 +20,7 @@ struct ForwardScratch {
     A* S(int t) const { return scratch_vector<A>(bag, t - 1); }  // t = 1 .. T - 1
     A* temporary() const { return scratch_vector<A>(bag, bag.T - 1); }
     A* sigma(int t) const { return static_cast<A*>(bag.sigma) + (t - 1) * bag.D; }
-    A& lse(int t) const { return static_cast<A*>(bag.lse)[t - 1]; }
+    SoftmaxStats<A>& stats(int t) const { return static_cast<SoftmaxStats<A>*>(bag.softmax_stats)[t - 1]; }
 };
 
 inline void prefetch_next_bag(ForwardBag& bag) {
@@ -98,7 +98,7 @@ void forward_merge(ForwardBag& bag, int t) {
         }
         const A scale = bag.m ? A(1) / static_cast<A>(bag.m) : A(0);
         for (int64_t d = 0; d < bag.Dp; ++d) sigma[d] *= scale;
-        scratch.lse(1) = bag.m ? static_cast<A>(__builtin_log(static_cast<double>(bag.m))) : A(0);
+        scratch.stats(1) = {0, scale};
     } else {
         A maximum = -kInfinity<A>, sum = 0;
         for (int64_t k = 0; k < bag.num_chunks; ++k) {
@@ -113,10 +113,10 @@ void forward_merge(ForwardBag& bag, int t) {
         }
         const A scale = bag.m ? 1 / sum : A(0);
         for (int64_t d = 0; d < bag.Dp; ++d) sigma[d] *= scale;
-        scratch.lse(t) = bag.m ? maximum + static_cast<A>(__builtin_log(static_cast<double>(sum))) : A(0);
+        scratch.stats(t) = {bag.m ? maximum : A(0), scale};
     }
     narrow_row(sigma, scratch.sigma(t), bag.D);
-    const A factor = Squash<A>(dot(sigma, sigma, bag.Dp)).factor();
+    const A factor = Squash<A>(sigma, bag.Dp).factor();
     if (t < bag.T) {
         A* S = scratch.S(t);
         for (int64_t d = 0; d < bag.Dp; ++d) S[d] = (t > 1 ? scratch.S(t - 1)[d] : A(0)) + factor * sigma[d];
@@ -148,12 +148,12 @@ void weights_chunk(ForwardBag& bag, int64_t chunk) {
         for_each_row(bag, chunk, [&](int64_t row, int64_t r) { weights[row] = r < 0 ? A(0) : A(1) / A(bag.m); });
         return;
     }
-    const A lse = ForwardScratch<A>{bag}.lse(bag.T);
+    const SoftmaxStats<A> stats = ForwardScratch<A>{bag}.stats(bag.T);
     A block[kBlock] = {};  // logits are gathered here, converted once the block is full, and scattered to `rows`
     int64_t rows[kBlock];
     int n = 0;
     const auto flush = [&] {
-        PerRow<A>::from(block).exp_minus(lse).to(block);
+        PerRow<A>::from(block).softmax(stats).to(block);
         for (int k = 0; k < n; ++k) weights[rows[k]] = block[k];
         n = 0;
     };
