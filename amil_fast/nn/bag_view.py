@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from amil_fast.ops.bags import accumulation_dtype, bag_index, bag_mask, check_bag_values, check_bags
+from amil_fast.ops.bags import accumulation_dtype, bag_index, bag_mask, check_bag_values, check_bags, check_max_seqlen
 
 
 class BagView:
@@ -23,6 +23,7 @@ class BagView:
         instances: ``(B, N, D)`` or ``(total, D)``; padding holds arbitrary values.
         mask: bool ``(B, N)`` of padded bags; None if there is no padding.
         cu_seqlens: ``(B + 1,)`` of packed bags, otherwise None.
+        max_seqlen: upper bound of the lengths of packed bags, if a nested tensor carries it, otherwise None.
         num_bags: B.
 
     Raises:
@@ -36,9 +37,12 @@ class BagView:
         lengths: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ):
+        self.max_seqlen = check_max_seqlen(instances, cu_seqlens, None)
         instances, mask, lengths, cu_seqlens = check_bags(instances, mask, lengths, cu_seqlens)
+        self._all_in_bags = False  # known without synchronization: no packed row follows the last bag
         if instances.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bag_values(instances, lengths, cu_seqlens)
+            self._all_in_bags = cu_seqlens is not None and int(cu_seqlens[-1]) == instances.shape[0]
         self.instances = instances
         self._x: torch.Tensor | None = None
         self._bag_indices: torch.Tensor | None = None
@@ -56,6 +60,7 @@ class BagView:
         view.instances = instances
         view._x = None
         view.mask, view.cu_seqlens, view.num_bags = self.mask, self.cu_seqlens, self.num_bags
+        view.max_seqlen, view._all_in_bags = self.max_seqlen, self._all_in_bags
         view._bag_indices = None if self.cu_seqlens is None else self.bag_indices
         return view
 
@@ -63,13 +68,19 @@ class BagView:
     def x(self) -> torch.Tensor:
         """Instances with zeros in the padding, so that its values reach neither results nor gradients."""
         if self._x is None:  # not functools.cached_property, which torch.compile cannot trace on Python 3.11
-            mask = self.mask
-            self._x = self.instances if mask is None else torch.where(mask[:, :, None], self.instances, 0)
+            if self.cu_seqlens is None:
+                mask = self.mask
+            else:
+                mask = None if self._all_in_bags else self.bag_indices < self.num_bags
+            self._x = self.instances if mask is None else torch.where(mask[..., None], self.instances, 0)
         return self._x
 
     @property
     def bag_indices(self) -> torch.Tensor:
-        """Bag index of every row of packed bags: int64 ``(total,)``. Lazy, since adjust pooling does not need it."""
+        """Bag index of every row of packed bags: int64 ``(total,)``, ``num_bags`` after the last bag.
+
+        Lazy, since adjust pooling does not need it.
+        """
         if self._bag_indices is None:
             self._bag_indices = bag_index(self.instances, self.cu_seqlens)
         return self._bag_indices
@@ -90,7 +101,8 @@ class BagView:
         """Sum per bag: ``(..., D)`` -> ``(B, D)``. The padding of ``values`` must hold 0."""
         if self.cu_seqlens is None:
             return values.sum(1)
-        return values.new_zeros(self.num_bags, *values.shape[1:]).index_add(0, self.bag_indices, values)
+        sums = values.new_zeros(self.num_bags + 1, *values.shape[1:]).index_add(0, self.bag_indices, values)
+        return sums[: self.num_bags]
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Maximum per bag: ``(..., D)`` -> ``(B, D)``, 0 for empty bags. Ties share the gradient equally."""
@@ -101,9 +113,9 @@ class BagView:
                 return values.amax(1)
             largest = values.masked_fill(~self.mask[:, :, None], -torch.inf).amax(1)
             return torch.where(self.mask.any(1)[:, None], largest, 0)
-        zeros = values.new_zeros(self.num_bags, *values.shape[1:])
+        zeros = values.new_zeros(self.num_bags + 1, *values.shape[1:])
         index = self.bag_indices[:, None].expand_as(values)
-        return zeros.scatter_reduce(0, index, values, "amax", include_self=False)
+        return zeros.scatter_reduce(0, index, values, "amax", include_self=False)[: self.num_bags]
 
     def softmax(self, scores: torch.Tensor) -> torch.Tensor:
         """Softmax over the instances of every bag, 0 in the padding: ``(B, N)`` or ``(total,)`` -> the same."""
@@ -114,11 +126,19 @@ class BagView:
             scores = scores.masked_fill(~self.mask, torch.finfo(scores.dtype).min)
             return torch.where(self.mask, torch.softmax(scores, 1), 0)
         e = torch.exp(scores - self.spread(self.max(scores.detach()[:, None]))[:, 0])
-        return e / self.spread(self.sum(e))
+        if self._all_in_bags:
+            return e / self.spread(self.sum(e))
+        real = self.bag_indices < self.num_bags
+        return torch.where(real, e, 0) / torch.where(real, self.spread(self.sum(e)), 1)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Repeats a value per bag for each of its instances: ``(B, ...)`` -> ``(B, 1, ...)`` or ``(total, ...)``."""
-        return values[:, None] if self.cu_seqlens is None else values[self.bag_indices]
+        """Repeats a value per bag for each of its instances: ``(B, ...)`` -> ``(B, 1, ...)`` or ``(total, ...)``.
+
+        Rows after the last packed bag get 0.
+        """
+        if self.cu_seqlens is None:
+            return values[:, None]
+        return torch.cat([values, values.new_zeros(1, *values.shape[1:])])[self.bag_indices]
 
     def weighted_sum(self, weights: torch.Tensor) -> torch.Tensor:
         """``Σ_i w_i x_i`` in the accumulation dtype: ``(B, D)``."""

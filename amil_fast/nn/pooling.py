@@ -53,6 +53,7 @@ class AdjustPool(nn.Module):
         *,
         lengths: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
         return_weights: bool | None = None,
         bags: BagView | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +68,7 @@ class AdjustPool(nn.Module):
                 mask,
                 lengths=lengths,
                 cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
                 num_iters=self.num_iters,
                 return_weights=return_weights,
                 detach_routing=self.detach_routing,
@@ -81,6 +83,7 @@ class AdjustPool(nn.Module):
             return_weights,
             self.detach_routing,
             self.backend,
+            bags.max_seqlen,
         )
         return (bag, weights) if return_weights else bag
 

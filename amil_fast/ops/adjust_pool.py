@@ -8,7 +8,7 @@ import torch
 
 from amil_fast.ops import backends
 from amil_fast.ops.adjust_pool_reference import adjust_pool_reference
-from amil_fast.ops.bags import accumulation_dtype, check_bag_values, check_bags
+from amil_fast.ops.bags import accumulation_dtype, check_bag_values, check_bags, check_max_seqlen
 
 _SUPPORTED = {
     "auto": lambda device: {"cpu": "cpp", "cuda": "triton"}.get(device, "reference"),
@@ -27,6 +27,7 @@ def adjust_pool(
     lengths: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     num_iters: int = 3,
+    max_seqlen: int | None = None,
     return_weights: bool = False,
     detach_routing: bool = False,
     backend: str = "auto",
@@ -49,8 +50,10 @@ def adjust_pool(
             bags.
         lengths: ``(B,)``, int32 or int64: bag b has ``lengths[b]`` instances, followed by padding. For padded bags.
         cu_seqlens: ``(B + 1,)``, int32 or int64: bag b is ``instances[cu_seqlens[b] : cu_seqlens[b + 1]]``
-            (FlashAttention's convention, PyG's ``ptr``).
+            (FlashAttention's convention, PyG's ``ptr``). Rows after ``cu_seqlens[-1]`` are padding.
         num_iters: number of iterations T >= 1; 1 is squashed mean pooling.
+        max_seqlen: for packed bags: no bag is longer (FlashAttention's argument). Saves kernel launches on a GPU, where
+            the lengths are unknown to the host; nested tensors carry their own. Longer bags pool to NaN there.
         return_weights: also return the weights w of the last iteration.
         detach_routing: stop gradients through the weights, so that they flow through the last weighted sum only, as in
             many implementations of capsule routing. The returned weights are then constants.
@@ -65,8 +68,9 @@ def adjust_pool(
     Raises:
         TypeError: an argument is not a tensor, or has another dtype than those above.
         ValueError: shapes or devices do not match; more than one of ``mask``, ``lengths`` and ``cu_seqlens``; values of
-            ``lengths`` or ``cu_seqlens`` out of range (checked on the CPU only, since a check on the GPU would
-            synchronize); ``num_iters`` below 1; an unknown backend, or one that cannot serve the call.
+            ``lengths`` or ``cu_seqlens`` out of range, or a bag longer than ``max_seqlen`` (checked on the CPU only,
+            since a check on the GPU would synchronize); ``num_iters`` below 1; an unknown backend, or one that cannot
+            serve the call.
 
     Notes:
         Sums are accumulated in float32 (float64 for float64). An empty bag pools to 0. The values of padding, NaN
@@ -78,9 +82,12 @@ def adjust_pool(
     Source: Shamsolmoali et al., AMIL, ACM TOMM 2020, Eq. 2-5; Yan et al., Deep Multi-instance Learning with Dynamic
     Pooling, ACML 2018.
     """
+    max_seqlen = check_max_seqlen(instances, cu_seqlens, max_seqlen)
     instances, mask, lengths, cu_seqlens = check_bags(instances, mask, lengths, cu_seqlens)
     check_settings(num_iters, backend)
-    bag, weights = pool_bags(instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend)
+    bag, weights = pool_bags(
+        instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen
+    )
     return (bag, weights) if return_weights else bag
 
 
@@ -102,12 +109,13 @@ def pool_bags(
     return_weights: bool,
     detach_routing: bool,
     backend: str,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`adjust_pool` of bags in canonical form; the weights are meaningless unless ``return_weights``."""
     backend = backends.choose(backend, instances.device.type, _SUPPORTED)
     if backend == "reference":
         if instances.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_bag_values(instances, lengths, cu_seqlens)
+            check_bag_values(instances, lengths, cu_seqlens, max_seqlen)
         bag, weights = adjust_pool_reference(
             instances, mask, lengths=lengths, cu_seqlens=cu_seqlens, num_iters=num_iters, detach_routing=detach_routing
         )
@@ -118,7 +126,7 @@ def pool_bags(
         else:
             call = _AdjustPool.apply if instances.requires_grad and torch.is_grad_enabled() else _forward
         bag, weights, _, _ = call(
-            instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend
+            instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen
         )
     return bag, weights
 
@@ -131,13 +139,13 @@ def pool_bags(
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _BAGS = "Tensor instances, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens"
 _library.define(
-    f"adjust_pool({_BAGS}, int num_iters, bool return_weights, bool detach_routing, str backend)"
+    f"adjust_pool({_BAGS}, int num_iters, bool return_weights, bool detach_routing, str backend, SymInt? max_seqlen=None)"
     " -> (Tensor bag, Tensor weights, Tensor sigma, Tensor softmax_stats)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     f"adjust_pool_backward(Tensor? grad_bag, Tensor? grad_weights, {_BAGS}, Tensor sigma, Tensor softmax_stats,"
-    " bool detach_routing, str backend) -> Tensor grad_instances",
+    " bool detach_routing, str backend, SymInt? max_seqlen=None) -> Tensor grad_instances",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -147,17 +155,27 @@ def _implementation(backend):
     return importlib.import_module(_IMPLEMENTATIONS[backend])
 
 
-def _forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend):
+def _forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen=None):
     if instances.device.type == "cpu":
-        check_bag_values(instances, lengths, cu_seqlens)
-    return _implementation(backend).forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights)
+        check_bag_values(instances, lengths, cu_seqlens, max_seqlen)
+    return _implementation(backend).forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, max_seqlen)
 
 
 def _backward(
-    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing, backend
+    grad_bag,
+    grad_weights,
+    instances,
+    mask,
+    lengths,
+    cu_seqlens,
+    sigma,
+    softmax_stats,
+    detach_routing,
+    backend,
+    max_seqlen=None,
 ):
     return _implementation(backend).backward(
-        grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing
+        grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing, max_seqlen
     )
 
 
@@ -167,7 +185,9 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("amil_fast::adjust_pool", lib=_library)
-def _forward_fake(instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend):
+def _forward_fake(
+    instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen=None
+):
     num_bags = instances.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     D = instances.shape[-1]
     dtype = accumulation_dtype(instances.dtype)
@@ -181,43 +201,43 @@ def _forward_fake(instances, mask, lengths, cu_seqlens, num_iters, return_weight
 
 @torch.library.register_fake("amil_fast::adjust_pool_backward", lib=_library)
 def _backward_fake(
-    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing, backend
+    grad_bag,
+    grad_weights,
+    instances,
+    mask,
+    lengths,
+    cu_seqlens,
+    sigma,
+    softmax_stats,
+    detach_routing,
+    backend,
+    max_seqlen=None,
 ):
     return instances.new_empty(instances.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend = inputs
+    instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen = inputs
     _, weights, sigma, softmax_stats = output
     ctx.set_materialize_grads(False)
     # The weights of the first iteration are 1/m; detached weights are constants by definition.
     constant_weights = not return_weights or detach_routing or num_iters == 1
     ctx.mark_non_differentiable(*([weights] if constant_weights else []), sigma, softmax_stats)
     ctx.save_for_backward(instances, mask, lengths, cu_seqlens, sigma, softmax_stats)
-    ctx.num_iters, ctx.detach_routing, ctx.backend = num_iters, detach_routing, backend
+    ctx.num_iters, ctx.detach_routing, ctx.backend, ctx.max_seqlen = num_iters, detach_routing, backend, max_seqlen
 
 
 def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_softmax_stats):
     instances, mask, lengths, cu_seqlens, sigma, softmax_stats = ctx.saved_tensors
-    no_grads = (None,) * 7  # for the other inputs
+    no_grads = (None,) * 8  # for the other inputs
     if grad_bag is None and grad_weights is None:
         return None, *no_grads
     if torch.is_grad_enabled():  # create_graph=True
         return _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengths, cu_seqlens), *no_grads
     registered = torch.ops.amil_fast.adjust_pool_backward.default
     call = registered if backends.dispatcher_has_work(instances) else _backward
-    grad = call(
-        grad_bag,
-        grad_weights,
-        instances,
-        mask,
-        lengths,
-        cu_seqlens,
-        sigma,
-        softmax_stats,
-        ctx.detach_routing,
-        ctx.backend,
-    )
+    bags = (instances, mask, lengths, cu_seqlens)
+    grad = call(grad_bag, grad_weights, *bags, sigma, softmax_stats, ctx.detach_routing, ctx.backend, ctx.max_seqlen)
     return grad, *no_grads
 
 

@@ -39,8 +39,11 @@ def _describe(instances, mask, lengths, cu_seqlens, num_iters):
     return described, (instances, offsets, lengths, mask)
 
 
-def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights):
-    """Returns ``(bag, weights, sigma, softmax_stats)`` of the registered operator ``amil_fast::adjust_pool``."""
+def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights, max_seqlen=None):
+    """Returns ``(bag, weights, sigma, softmax_stats)`` of the registered operator ``amil_fast::adjust_pool``.
+
+    ``max_seqlen`` is unused: the lengths are in host memory.
+    """
     num_bags = instances.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     D = instances.shape[-1]
     dtype = accumulation_dtype(instances.dtype)
@@ -57,10 +60,14 @@ def forward(instances, mask, lengths, cu_seqlens, num_iters, return_weights):
         softmax_stats.data_ptr(),
     )
     del kept_alive
+    if return_weights:
+        _zero_after_last_bag(weights, cu_seqlens)
     return bag, weights, sigma, softmax_stats
 
 
-def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing):
+def backward(
+    grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, softmax_stats, detach_routing, max_seqlen=None
+):
     """Returns the gradient of ``instances``, a contiguous tensor."""
     grad_bag = grad_bag.contiguous() if grad_bag is not None else None
     grad_weights = grad_weights.contiguous() if grad_weights is not None else None
@@ -77,7 +84,14 @@ def backward(grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma
         grad_instances.data_ptr(),
     )
     del kept_alive
+    _zero_after_last_bag(grad_instances, cu_seqlens)
     return grad_instances
+
+
+def _zero_after_last_bag(rows, cu_seqlens):
+    """Zeros the rows of packed bags that belong to no bag."""
+    if cu_seqlens is not None and (end := int(cu_seqlens[-1])) < rows.shape[0]:
+        rows[end:] = 0
 
 
 def _empty(shape, dtype):

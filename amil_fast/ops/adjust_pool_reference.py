@@ -48,15 +48,22 @@ def _pool_padded(f, mask, T, detach_routing):
 
 
 def _pool_packed(f, index, num_bags, T, detach_routing):
-    """``f (total, D)``, ``index (total,)`` -> ``s (num_bags, D)``, ``w (total,)``, with segment sums."""
+    """``f (total, D)``, ``index (total,)`` -> ``s (num_bags, D)``, ``w (total,)``, with segment sums.
+
+    Rows after the last bag have index ``num_bags``; they form one more bag of zeros, whose result is dropped.
+    """
+    real = index < num_bags
+    f = torch.where(real[:, None], f, 0)  # not a product, since these rows can hold NaN
     f_routing = f.detach() if detach_routing else f
     b = f.new_zeros(f.shape[0])
     for t in range(1, T + 1):
-        b_max = b.new_full((num_bags,), -torch.inf).scatter_reduce(0, index, b.detach(), "amax")
+        b_max = b.new_full((num_bags + 1,), -torch.inf).scatter_reduce(0, index, b.detach(), "amax")
         e = torch.exp(b - b_max[index])
-        w = e / e.new_zeros(num_bags).index_add(0, index, e)[index]  # (4)
-        sigma = f.new_zeros(num_bags, f.shape[1]).index_add(0, index, w[:, None] * (f if t == T else f_routing))  # (2)
+        w = e / e.new_zeros(num_bags + 1).index_add(0, index, e)[index]  # (4)
+        sigma = f.new_zeros(num_bags + 1, f.shape[1]).index_add(
+            0, index, w[:, None] * (f if t == T else f_routing)
+        )  # (2)
         s = squash(sigma)  # (3)
         if t < T:
             b = b + (f_routing * s[index]).sum(-1)  # (5)
-    return s, w
+    return s[:num_bags], torch.where(real, w, 0)

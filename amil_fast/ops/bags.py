@@ -75,8 +75,29 @@ def check_bags(instances, mask, lengths, cu_seqlens):
     return instances, mask, lengths, cu_seqlens
 
 
-def check_bag_values(instances, lengths, cu_seqlens):
-    """Raises ValueError if values of ``lengths`` or ``cu_seqlens`` are out of range. For CPU tensors only."""
+def check_max_seqlen(instances, cu_seqlens, max_seqlen):
+    """Validates ``max_seqlen``; returns it, or for a nested tensor the value that it carries, or None if unknown.
+
+    ``instances`` and ``cu_seqlens`` as passed by the caller, before :func:`check_bags`.
+    """
+    if max_seqlen is None:
+        # Not the public max_seqlen, which synchronizes with a GPU where the value is unknown.
+        nested = isinstance(instances, torch.Tensor) and instances.is_nested
+        return getattr(instances, "_maybe_max_seqlen", None) if nested else None
+    if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
+        raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
+    if cu_seqlens is None:
+        raise ValueError("max_seqlen: expected together with cu_seqlens only")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen: expected a non-negative int, got {max_seqlen}")
+    return max_seqlen
+
+
+def check_bag_values(instances, lengths, cu_seqlens, max_seqlen=None):
+    """Raises ValueError if values of ``lengths`` or ``cu_seqlens`` are out of range, or a bag is too long.
+
+    For CPU tensors only.
+    """
     if lengths is not None and lengths.shape[0]:
         values = lengths.numpy()
         low, high = values.min(), values.max()
@@ -87,9 +108,9 @@ def check_bag_values(instances, lengths, cu_seqlens):
         values = cu_seqlens.numpy()
         if values[0] != 0:
             raise ValueError(f"cu_seqlens: expected cu_seqlens[0] = 0, got {values[0]}")
-        if values[-1] != instances.shape[0]:
+        if values[-1] > instances.shape[0]:
             raise ValueError(
-                f"cu_seqlens: expected the last value to be the number of instances {instances.shape[0]}, "
+                f"cu_seqlens: expected the last value to be at most the number of instances {instances.shape[0]}, "
                 f"got {values[-1]}"
             )
         steps = np.diff(values)
@@ -99,6 +120,9 @@ def check_bag_values(instances, lengths, cu_seqlens):
                 f"cu_seqlens: expected non-decreasing values, got cu_seqlens[{bad}] = {values[bad]}, "
                 f"cu_seqlens[{bad + 1}] = {values[bad + 1]}"
             )
+        if max_seqlen is not None and steps.size and steps.max() > max_seqlen:
+            bad = int(np.argmax(steps))
+            raise ValueError(f"max_seqlen: expected at least {steps[bad]}, the length of bag {bad}, got {max_seqlen}")
 
 
 def _check_index(tensor, name, device):
@@ -122,7 +146,8 @@ def bag_mask(instances, mask, lengths):
 
 
 def bag_index(instances, cu_seqlens):
-    """Bag index of every row of packed bags: int64 ``(total,)``."""
-    sizes = cu_seqlens.diff()
+    """Bag index of every row of packed bags: int64 ``(total,)``; B for the rows after the last bag."""
+    total = instances.shape[0]
+    sizes = torch.diff(cu_seqlens, append=cu_seqlens.new_full((1,), total))
     bag_indices = torch.arange(sizes.shape[0], device=instances.device)
-    return torch.repeat_interleave(bag_indices, sizes, output_size=instances.shape[0])
+    return torch.repeat_interleave(bag_indices, sizes, output_size=total)

@@ -80,6 +80,27 @@ def test_four_forms_agree_in_values_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", POOLINGS)
+def test_packed_rows_after_the_last_bag(name):
+    """A buffer longer than its bags: the rest, NaN here, has no effect and gets zero weight and gradient."""
+    pool = make(name)
+    x, cu_seqlens = packed()
+    upstream = torch.randn(len(SIZES), D, dtype=torch.float64)
+    longer = torch.cat([x, x.new_full((3, D), math.nan)]).requires_grad_()
+    bag = pool(longer, cu_seqlens=cu_seqlens)
+    (grad,) = torch.autograd.grad(bag, longer, upstream)
+    exact = x.requires_grad_()
+    expected = pool(exact, cu_seqlens=cu_seqlens)
+    assert relative_error(bag, expected) < 1e-14
+    assert relative_error(grad[:16], torch.autograd.grad(expected, exact, upstream)[0]) < 1e-14
+    assert (grad[16:] == 0).all()
+    if name in WITH_WEIGHTS:
+        weights = pool(longer, cu_seqlens=cu_seqlens, return_weights=True)[1]
+        assert (weights[16:] == 0).all() and relative_error(
+            weights[:16], pool(x, cu_seqlens=cu_seqlens, return_weights=True)[1]
+        ) < 1e-14
+
+
+@pytest.mark.parametrize("name", POOLINGS)
 def test_gradients_numerically(name):
     pool = make(name)
     torch.manual_seed(1)

@@ -268,6 +268,40 @@ def test_mask_lengths_packed_and_nested_forms_agree(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("detach_routing", [False, True])
+def test_packed_rows_after_the_last_bag(backend, detach_routing):
+    """A buffer longer than its bags: the rest has no effect, weight 0 and gradient 0."""
+    x = random_bags(1, 41, 18)[0]
+    x[35:] = math.nan
+    generator = torch.Generator().manual_seed(8)
+    g, v = (torch.randn(shape, generator=generator, dtype=x.dtype) for shape in ((5, 18), (41,)))
+
+    def pooled(rows):
+        leaf = x[:rows].clone().requires_grad_()
+        bag, weights = adjust_pool(
+            leaf, cu_seqlens=torch.tensor([0, 21, 21, 22, 35, 35]), return_weights=True, backend=backend,
+            detach_routing=detach_routing,
+        )  # fmt: skip
+        pairs = ((bag, g), (weights, v[:rows])) if weights.requires_grad else ((bag, g),)
+        outputs, grads = zip(*pairs, strict=True)
+        return bag.detach(), weights.detach(), torch.autograd.grad(outputs, leaf, grads)[0]
+
+    (bag, weights, grad), expected = pooled(41), pooled(35)
+    for a, e in zip((bag, weights[:35], grad[:35]), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-15)
+    assert weights.shape == (41,) and (weights[35:] == 0).all() and (grad[35:] == 0).all()
+
+
+@BACKENDS
+def test_max_seqlen_is_checked_and_changes_nothing(backend):
+    x, cu_seqlens = random_bags(1, 12, 6)[0], torch.tensor([0, 5, 5, 12])
+    options = {"cu_seqlens": cu_seqlens, "backend": backend}
+    assert torch.equal(adjust_pool(x, max_seqlen=7, **options), adjust_pool(x, **options))
+    with pytest.raises(ValueError, match="max_seqlen: expected at least 7, the length of bag 2, got 6"):
+        adjust_pool(x, max_seqlen=6, **options)
+
+
+@BACKENDS
 def test_nested_gradient(backend):
     x, cu_seqlens = random_bags(1, 12, 6)[0], torch.tensor([0, 5, 5, 12])
     leaf = torch.nested.nested_tensor_from_jagged(x, cu_seqlens).requires_grad_()
