@@ -98,6 +98,7 @@ class BagFolder(BagSource):
     def coords(self, index: int) -> np.ndarray | None:
         file = self._files[index]
         beside = self._coords_files.get(self.names[index])
+        coords: np.ndarray | None
         if beside is not None:
             coords = READERS[beside.suffix].features(beside, entry="coords").numpy()
         else:

@@ -29,7 +29,7 @@ class MilSettings:
         input_dropout: dropout probability of the features.
         dropout: dropout probability of the hidden units.
         soft_clip: bound c > 0 toward which standardized features are compressed
-            (:func:`~amil_fast.mil.classifiers.soft_clip`); 0: off.
+            (:func:`~amil_fast.nn.feature_normalization.soft_clip`); 0: off.
         kernel_weight: weight of a set kernel's probability beside the network's, in [0, 1]. 0.75 is the most accurate
             setting on the benchmark sets; it hides differences between poolings, and does not respect the
             multiple-instance assumption.
