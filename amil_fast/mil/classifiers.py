@@ -84,7 +84,7 @@ class BagClassifiers:
         for epoch in range(s.epochs):
             for bag_indices in self._batches(self._shuffled(), s.batch_size):
                 for group in optimizer.param_groups:
-                    group["lr"] = s.lr * (_cosine_factor(step / steps) if s.schedule == "cosine" else 1)
+                    group["lr"] = s.lr * (cosine_factor(step / steps) if s.schedule == "cosine" else 1)
                 step += 1
                 output, cu_seqlens = self._forward(bag_indices)
                 real = torch.from_numpy(bag_indices >= 0)
@@ -212,6 +212,6 @@ def _standardization(rows):
     return mean.float(), inverse_deviation(mean, std).float()
 
 
-def _cosine_factor(done):
+def cosine_factor(done):
     """Factor on the learning rate after a fraction ``done`` of the steps."""
     return min(1.0, 20 * (done + 1e-3)) * 0.5 * (1 + math.cos(math.pi * done))
