@@ -36,7 +36,7 @@ def best_threshold(scores: np.ndarray, values: np.ndarray) -> float:
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
-def predicted_classes(scores: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+def predicted_classes(scores: np.ndarray, threshold: float | np.ndarray = 0.5) -> np.ndarray:
     """Class indices: ``scores >= threshold`` for ``(B,)``, the largest probability for ``(B, C)``."""
     return (scores >= threshold).astype(np.int64) if scores.ndim == 1 else scores.argmax(1)
 
@@ -47,7 +47,7 @@ def evaluate_scores(
     scores: np.ndarray,
     values: np.ndarray,
     *,
-    threshold: float = 0.5,
+    threshold: float | np.ndarray = 0.5,
     groups: Sequence[str] | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -59,7 +59,7 @@ def evaluate_scores(
         names: names of the classes.
         scores: probabilities ``(B,)`` or ``(B, C)``, or values.
         values: class indices, or values.
-        threshold: threshold for two classes, chosen on other bags.
+        threshold: threshold for two classes, chosen on other bags; or one per bag ``(B,)``, in a cross-validation.
         groups: group per bag; the bootstrap then resamples groups instead of bags.
         resamples: bootstrap resamples; 0: no intervals.
         seed: seed of the bootstrap.
@@ -71,18 +71,23 @@ def evaluate_scores(
     scores, values = np.asarray(scores), np.asarray(values)
     if len(scores) == 0:
         raise ValueError("scores: expected at least one bag, got none")
-    compute = _regression_metrics if task == "regression" else _class_metrics(task, len(names), threshold)
-    point = compute(scores, values)
-    drawn = [compute(scores[i], values[i]) for i in resampled(len(values), groups, resamples, seed)]
+    if task == "regression":
+        columns: tuple[np.ndarray, ...] = (scores, values)
+        compute: Callable[..., dict] = _regression_metrics
+    else:
+        columns = (scores, values, predicted_classes(scores, threshold))
+        compute = _class_metrics(task, len(names))
+    point = compute(*columns)
+    drawn = [compute(*(column[i] for column in columns)) for i in resampled(len(values), groups, resamples, seed)]
     result: dict[str, Any] = {"bags": len(values)}
     for name, value in point.items():
         low, high = interval([d[name] for d in drawn])
         result[name] = {"value": value, "low": low, "high": high}
     if task != "regression":
         result["names"] = list(names)
-        result["confusion"] = confusion(values, predicted_classes(scores, threshold), len(names)).tolist()
+        result["confusion"] = confusion(values, columns[2], len(names)).tolist()
         if scores.ndim == 1:
-            result["threshold"] = threshold
+            result["threshold"] = threshold if np.ndim(threshold) == 0 else None
             result["confusion_at_half"] = confusion(values, predicted_classes(scores), 2).tolist()
     return result
 
@@ -111,11 +116,10 @@ def confusion(values: np.ndarray, predicted: np.ndarray, num_classes: int) -> np
     return np.bincount(values * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def _class_metrics(task: str, num_classes: int, threshold: float) -> Callable[[np.ndarray, np.ndarray], dict]:
+def _class_metrics(task: str, num_classes: int) -> Callable[..., dict]:
     metrics = require("sklearn.metrics", "average precision", package="scikit-learn")
 
-    def binary(scores, values):
-        predicted = predicted_classes(scores, threshold)
+    def binary(scores, values, predicted):
         result = {"accuracy": float((predicted == values).mean())}
         result["accuracy_at_half"] = float((predicted_classes(scores) == values).mean())
         result["balanced_accuracy"] = _balanced_accuracy(values, predicted, 2)
@@ -128,8 +132,7 @@ def _class_metrics(task: str, num_classes: int, threshold: float) -> Callable[[n
         result["brier"] = float(np.square(scores - values).mean())
         return result
 
-    def several(scores, values):
-        predicted = predicted_classes(scores)
+    def several(scores, values, predicted):
         result = {"accuracy": float((predicted == values).mean())}
         result["balanced_accuracy"] = _balanced_accuracy(values, predicted, num_classes)
         aucs = [area_under_roc(scores[:, c], values == c) for c in range(num_classes)]
@@ -186,7 +189,9 @@ def curves(
     def precision_recall(i):
         precision, recall, _ = metrics.precision_recall_curve(values[i], scores[i])
         # The precision at a recall is the best one at this recall or a larger one.
-        return np.interp(_GRID, recall[::-1], np.maximum.accumulate(precision)[::-1])
+        precision = np.maximum.accumulate(precision)[::-1]
+        distinct, first = np.unique(recall[::-1], return_index=True)
+        return np.interp(_GRID, distinct, precision[first])
 
     edges = np.unique(np.quantile(scores, np.linspace(0, 1, bins + 1)))
     bin_of = np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, max(len(edges) - 2, 0))

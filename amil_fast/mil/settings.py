@@ -177,7 +177,7 @@ class TrainSettings(MilSettings):
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation: expected a number in [0, 1), got {self.validation}")
 
-
-def train_settings(settings: MilSettings, **changes: Any) -> TrainSettings:
-    """The settings of a cross-validation on a bag file, for bags read from disk."""
-    return TrainSettings(**{**dataclasses.asdict(settings), **changes})
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share; the others change speed and memory only."""
+        free = ("workers", "max_instances", "device", "checkpoint_minutes", "tensorboard", "backend")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

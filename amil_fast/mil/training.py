@@ -329,11 +329,9 @@ class BagTraining:
 
     def _fixed(self):
         """What a resumed run must share with the interrupted one."""
-        free = ("workers", "max_instances", "device", "checkpoint_minutes", "tensorboard", "backend")
-        settings = {k: v for k, v in dataclasses.asdict(self.settings).items() if k not in free}
         names = self.bags.source.names
         parts = {"train": self.train, "validation": self.validation}
-        return {"settings": settings, **{k: [names[i] for i in v] for k, v in parts.items()}}
+        return {"settings": self.settings.fixed(), **{k: [names[i] for i in v] for k, v in parts.items()}}
 
     def _restore(self):
         tensors, facts = load_state(self.out / "last")
