@@ -1,4 +1,4 @@
-"""``amil mil``: bag classifiers on bag files."""
+"""``amil mil``: bag classifiers. Cross-validation and ablation study; the other commands are in ``mil_bags.py``."""
 
 import dataclasses
 from pathlib import Path
@@ -9,106 +9,157 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from amil_fast.cli.common import fail, print_plain, print_written, progress_bar
+from amil_fast.cli import mil_bags
+from amil_fast.cli import mil_options as options
+from amil_fast.cli.common import fail, print_plain, print_written, progress_bar, write_result
+from amil_fast.cli.options import Json, Quiet
 from amil_fast.mil import study as mil_study
+from amil_fast.mil.bag_cross_validation import cross_validate_bags
 from amil_fast.mil.bag_files import load_bags
 from amil_fast.mil.cross_validation import cross_validate, format_accuracy
-from amil_fast.mil.settings import PAPER_SETTINGS, MilSettings
+from amil_fast.mil.labels import load_labeled_bags, make_targets
+from amil_fast.mil.reports import summary_lines
+from amil_fast.mil.settings import PAPER_SETTINGS, MilSettings, TrainSettings
 from amil_fast.ops import adjust_pool
-from amil_fast.utils.files import write_json, write_text
+from amil_fast.utils.files import write_text
 
 app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: bag classifiers.")
+mil_bags.register(app)
 _DEFAULT = MilSettings()
+_TRAIN = TrainSettings()
 
 
 @app.command()
 def cv(
     context: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Bag file (.npz with features, offsets, labels, folds).")],
-    pooling: Annotated[
-        str, typer.Option(help="adjust, mean, max, lse, attention or gated_attention.")
-    ] = _DEFAULT.pooling,
-    num_iters: Annotated[int, typer.Option(help="Iterations of adjust pooling.")] = _DEFAULT.num_iters,
-    hidden: Annotated[int, typer.Option(help="Width of every layer.")] = _DEFAULT.hidden,
-    depth: Annotated[int, typer.Option(help="Number of layers.")] = _DEFAULT.depth,
-    residual: Annotated[bool, typer.Option(help="Sum the bag vectors over the levels.")] = _DEFAULT.residual,
-    deep_supervision: Annotated[bool, typer.Option(help="Score every level.")] = _DEFAULT.deep_supervision,
-    instance_norm: Annotated[
-        float, typer.Option(help="Length to which embeddings are scaled before pooling; 0: off.")
-    ] = _DEFAULT.instance_norm,
-    instance_scale: Annotated[
-        float, typer.Option(help="Factor on the embeddings before pooling.")
-    ] = _DEFAULT.instance_scale,
-    bag_scale: Annotated[float, typer.Option(help="Factor on the pooled vectors.")] = _DEFAULT.bag_scale,
-    input_dropout: Annotated[float, typer.Option(help="Dropout probability of features.")] = _DEFAULT.input_dropout,
-    dropout: Annotated[float, typer.Option(help="Dropout probability of hidden units.")] = _DEFAULT.dropout,
-    soft_clip: Annotated[
-        float, typer.Option(help="Bound of the smooth clipping of standardized features; 0: off.")
-    ] = _DEFAULT.soft_clip,
+    data: Annotated[
+        Path, typer.Argument(help="Bag file (.npz with features, offsets, labels, folds), or a folder of bags.")
+    ],
+    labels: options.Labels = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Own bags: folder for models, predictions and scores of the folds.")
+    ] = None,
+    pooling: options.Pooling = _DEFAULT.pooling,
+    num_iters: options.NumIters = _DEFAULT.num_iters,
+    hidden: options.Hidden = _DEFAULT.hidden,
+    depth: options.Depth = _DEFAULT.depth,
+    residual: options.Residual = _DEFAULT.residual,
+    deep_supervision: options.DeepSupervision = _DEFAULT.deep_supervision,
+    instance_norm: options.InstanceNorm = _DEFAULT.instance_norm,
+    instance_scale: options.InstanceScale = _DEFAULT.instance_scale,
+    bag_scale: options.BagScale = _DEFAULT.bag_scale,
+    input_dropout: options.InputDropout = _DEFAULT.input_dropout,
+    dropout: options.Dropout = _DEFAULT.dropout,
+    soft_clip: options.SoftClip = _DEFAULT.soft_clip,
     kernel_weight: Annotated[
-        float, typer.Option(help="Weight of a set kernel's probability beside the network's; 0: off.")
+        float, typer.Option(help="Bag file: weight of a set kernel's probability beside the network's; 0: off.")
     ] = _DEFAULT.kernel_weight,
-    loss: Annotated[str, typer.Option(help="bce, margin, bce+margin or mil.")] = _DEFAULT.loss,
-    epochs: Annotated[
-        int, typer.Option(help="Passes over the training part; the last epoch's model is used.")
-    ] = _DEFAULT.epochs,
-    batch_size: Annotated[int, typer.Option(help="Bags per step.")] = _DEFAULT.batch_size,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = _DEFAULT.lr,
-    schedule: Annotated[str, typer.Option(help="Learning rate schedule: constant or cosine.")] = _DEFAULT.schedule,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of Adam.")] = _DEFAULT.weight_decay,
+    loss: Annotated[str, typer.Option(help="Bag file: bce, margin, bce+margin or mil.")] = _DEFAULT.loss,
+    epochs: options.Epochs = _DEFAULT.epochs,
+    batch_size: options.BatchSize = _DEFAULT.batch_size,
+    lr: options.Lr = _DEFAULT.lr,
+    schedule: options.Schedule = _DEFAULT.schedule,
+    weight_decay: options.WeightDecay = _DEFAULT.weight_decay,
     ensemble: Annotated[
-        int, typer.Option(help="Networks per fold whose probabilities are averaged.")
+        int, typer.Option(help="Bag file: networks per fold whose probabilities are averaged.")
     ] = _DEFAULT.ensemble,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = _DEFAULT.seed,
-    backend: Annotated[str, typer.Option(help="Backend of adjust pooling.")] = _DEFAULT.backend,
+    seed: options.Seed = _DEFAULT.seed,
+    backend: options.Backend = _DEFAULT.backend,
     paper: Annotated[
         bool, typer.Option("--paper", help="Use the paper's settings; other options override them.")
     ] = False,
-    at_once: Annotated[int, typer.Option(min=1, help="Number of networks trained side by side.")] = 50,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    at_once: Annotated[int, typer.Option(min=1, help="Bag file: number of networks trained side by side.")] = 50,
+    folds: Annotated[int, typer.Option(min=2, help="Own bags: number of folds, without a column fold.")] = 5,
+    repetitions: Annotated[int, typer.Option(min=1, help="Own bags: number of partitions into folds.")] = 1,
+    task: options.Task = _TRAIN.task,
+    positive: options.Positive = None,
+    class_weights: options.ClassWeights = _TRAIN.class_weights,
+    normalization: options.Normalization = _TRAIN.normalization,
+    patience: options.Patience = _TRAIN.patience,
+    validation: options.Validation = _TRAIN.validation,
+    max_instances: options.MaxInstances = _TRAIN.max_instances,
+    workers: options.Workers = None,
+    precision: options.Precision = _TRAIN.precision,
+    device: options.TrainDevice = None,
+    tensorboard: options.Tensorboard = False,
+    resamples: options.Resamples = 1000,
+    resume: options.Resume = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
 ):
-    """Repeated k-fold cross-validation of a bag classifier (MI-RNet) on the folds of a bag file.
+    """Repeated k-fold cross-validation of a bag classifier (MI-RNet).
 
-    Features are standardized by the training part of each fold; the last epoch's model is evaluated with threshold
-    0.5. Accuracy is the mean over folds, reported as mean and standard deviation over repetitions.
+    On a bag file, the folds are those of the file: features are standardized by the training part of each fold; the
+    last epoch's model is evaluated with threshold 0.5. Accuracy is the mean over folds, reported as mean and standard
+    deviation over repetitions.
+
+    On a folder of bags (or a bag file with --labels), every fold is trained as by `amil mil train`: epoch and threshold
+    are chosen on an inner part of its training part, groups are never split, and the folds are those of the column
+    `fold`, or stratified ones.
 
     Example: `amil mil cv musk1.npz --pooling adjust --json musk1.json`
+
+    Example: `amil mil cv features/ --labels labels.csv --folds 5 --out runs/cv`
     """
-    sources = {name: context.get_parameter_source(name) for name in MilSettings.__dataclass_fields__}
-    given = {name: context.params[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+    base = PAPER_SETTINGS if paper else _DEFAULT
+    if labels is not None or data.is_dir():
+        given = options.given_settings(context, TrainSettings)
+        with options.mil_errors():
+            if out is None:
+                raise ValueError("out: expected a folder for the results (--out)")
+            train_settings = TrainSettings(**{**dataclasses.asdict(base), "tensorboard": False, **given})
+            console = options.main_console(quiet)
+            _cv_of_own_bags(
+                console, quiet, data, labels, out, train_settings, folds, repetitions, resamples, resume, json_file
+            )
+        return
     console = Console(quiet=quiet)
     try:
-        settings = dataclasses.replace(PAPER_SETTINGS if paper else _DEFAULT, **given)
+        settings = dataclasses.replace(base, **options.given_settings(context, MilSettings))
         adjust_pool(torch.zeros(1, 1, 1), backend=backend)  # an unusable backend fails before anything is trained
         bag_data = load_bags(data)
     except (ValueError, RuntimeError) as error:
         fail(error)
     repetitions, folds, num_bags = bag_data.folds.shape
     sizes, (num_instances, num_features) = bag_data.sizes, bag_data.features.shape
-    console.print(
+    print_plain(
+        console,
         f"{data}: {num_bags} bags ({int(bag_data.labels.sum())} positive) of {sizes.min()} to {sizes.max()} "
         f"instances, {num_instances} x {num_features} features; {repetitions} x {folds} folds",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     with progress_bar(console, quiet) as progress:
-        task = progress.add_task("epochs", total=None)
+        bar = progress.add_task("epochs", total=None)
         result = cross_validate(
             bag_data,
             settings,
             at_once=at_once,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     console.print(_cv_table(result))
-    if json_file is not None:
-        try:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(json_file, {"file": data.name, **result})
-        except OSError as error:
-            fail(f"{json_file}: cannot be written: {error.strerror}")
-        print_written(console, json_file)
+    write_result(console, json_file, {"file": data.name, **result})
+
+
+def _cv_of_own_bags(console, quiet, data, labels, out, settings, folds, repetitions, resamples, resume, json_file):
+    labeled = load_labeled_bags(data, labels)
+    targets = make_targets(labeled.labels, settings.task, positive=settings.positive)
+    print_plain(console, mil_bags.describe(data, labeled, targets))
+    with options.shown_progress(console, quiet) as show:
+        result = cross_validate_bags(
+            labeled,
+            targets,
+            settings,
+            out,
+            folds=folds,
+            repetitions=repetitions,
+            resamples=resamples,
+            resume=resume,
+            on_progress=show,
+            on_message=lambda text: print_plain(console, text),
+        )
+    for line in summary_lines(result):
+        print_plain(console, line)
+    write_result(console, json_file, result)
+    print_written(console, out)
 
 
 def _cv_table(result):

@@ -63,7 +63,7 @@ def train(
     from amil_fast.pose.training import Interrupted, NotFinite, TrainConfig, from_dict
     from amil_fast.pose.training import preset as get_preset
     from amil_fast.pose.training import train as run
-    from amil_fast.pose.training.checkpoints import STATE, load_state
+    from amil_fast.utils.training_state import STATE, load_state
 
     console = Console(quiet=quiet)
     try:

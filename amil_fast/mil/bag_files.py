@@ -106,9 +106,9 @@ def check_bag_data(
     expect(offsets[0] == 0, "offsets", "the first value to be 0", f"{offsets[0]}")
     rows = features.shape[0]
     expect(offsets[-1] == rows, "offsets", f"the last value to be the {rows} rows of features", f"{offsets[-1]}")
-    steps = np.diff(offsets)
-    if steps.min() < 0:
-        bad = int(np.argmin(steps))
+    falling = offsets[1:] < offsets[:-1]  # compared, not subtracted: a difference can overflow
+    if falling.any():
+        bad = int(np.argmax(falling))
         expect(False, "offsets", "non-decreasing values", f"{offsets[bad]} then {offsets[bad + 1]} at {bad}")
 
     num_bags = offsets.shape[0] - 1

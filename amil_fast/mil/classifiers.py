@@ -14,6 +14,7 @@ from amil_fast.mil.bag_files import BagData
 from amil_fast.mil.set_kernel import SetKernel
 from amil_fast.mil.settings import MilSettings
 from amil_fast.nn import StackedMIRNet, level_loss, margin_loss, noisy_or_loss
+from amil_fast.nn.feature_normalization import inverse_deviation, soft_clip
 from amil_fast.ops import squash
 
 
@@ -83,7 +84,7 @@ class BagClassifiers:
         for epoch in range(s.epochs):
             for bag_indices in self._batches(self._shuffled(), s.batch_size):
                 for group in optimizer.param_groups:
-                    group["lr"] = s.lr * (_cosine_factor(step / steps) if s.schedule == "cosine" else 1)
+                    group["lr"] = s.lr * (cosine_factor(step / steps) if s.schedule == "cosine" else 1)
                 step += 1
                 output, cu_seqlens = self._forward(bag_indices)
                 real = torch.from_numpy(bag_indices >= 0)
@@ -204,21 +205,13 @@ def pack_members(data: BagData, bag_indices: np.ndarray) -> tuple[np.ndarray, np
     return rows, cu_seqlens
 
 
-def soft_clip(x: torch.Tensor, bound: float) -> torch.Tensor:
-    """Smooth clipping to ±bound: ``x / (1 + (x/bound)⁴)^¼``, which is 1.5 % below x at half the bound."""
-    squared = (x / bound).square()
-    return x / torch.hypot(torch.ones_like(squared), squared).sqrt()
-
-
 def _standardization(rows):
     """Mean and 1/std of each feature, float32; the factor of a constant feature is 0."""
     rows = rows.astype(np.float64)
-    mean, std = rows.mean(0), rows.std(0)
-    constant = std <= 1e-7 * np.abs(mean)  # below this, a deviation of float32 data is rounding
-    inverse = np.where(constant, 0, 1 / np.where(constant, 1, std))
-    return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(inverse.astype(np.float32))
+    mean, std = torch.from_numpy(rows.mean(0)), torch.from_numpy(rows.std(0))
+    return mean.float(), inverse_deviation(mean, std).float()
 
 
-def _cosine_factor(done):
+def cosine_factor(done):
     """Factor on the learning rate after a fraction ``done`` of the steps."""
     return min(1.0, 20 * (done + 1e-3)) * 0.5 * (1 + math.cos(math.pi * done))

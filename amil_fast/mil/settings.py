@@ -1,8 +1,12 @@
 """Settings of a bag classifier and its training."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
+from amil_fast.mil.labels import TASKS
 from amil_fast.nn import POOLINGS
+from amil_fast.nn.feature_normalization import NORMALIZATIONS
 
 SCHEDULES = ("constant", "cosine")  # cosine: linear warm-up over a twentieth of the steps, then half a cosine to 0
 # bce: cross-entropy of every level's score; margin: Eq. 6 on the lengths of the pooled vectors, which then are the
@@ -29,7 +33,7 @@ class MilSettings:
         input_dropout: dropout probability of the features.
         dropout: dropout probability of the hidden units.
         soft_clip: bound c > 0 toward which standardized features are compressed
-            (:func:`~amil_fast.mil.classifiers.soft_clip`); 0: off.
+            (:func:`~amil_fast.nn.feature_normalization.soft_clip`); 0: off.
         kernel_weight: weight of a set kernel's probability beside the network's, in [0, 1]. 0.75 is the most accurate
             setting on the benchmark sets; it hides differences between poolings, and does not respect the
             multiple-instance assumption.
@@ -106,3 +110,74 @@ PAPER_SETTINGS = MilSettings(
     schedule="constant",
     ensemble=1,
 )
+
+
+@dataclass(frozen=True)
+class TrainSettings(MilSettings):
+    """Architecture and training of a bag classifier on bags that are read from disk (:class:`BagTraining`).
+
+    The attributes of :class:`MilSettings`, except that the loss is the cross-entropy (squared error for regression),
+    and that there are neither a set kernel nor ensembles. ``batch_size`` counts the bags of a step over all processes.
+
+    Attributes:
+        task: one of :data:`amil_fast.mil.labels.TASKS`.
+        positive: positive class of two; by default the second in order.
+        class_weights: ``"none"``; ``"balanced"``: weights inversely proportional to the classes' frequencies.
+        normalization: ``"auto"``: chosen by the training part
+            (:func:`~amil_fast.nn.feature_normalization.choose_normalization`); ``"none"``; or a name in
+            :data:`amil_fast.nn.feature_normalization.NORMALIZATIONS`.
+        max_instances: instances of a packed batch; the bags of a step are divided into such batches, which bounds the
+            memory and changes the result by rounding only. A larger bag is a batch of its own.
+        patience: epochs without an improvement of the inner validation part after which training stops; the best
+            epoch's model is kept. 0: all epochs, the last epoch's model.
+        validation: fraction of the training part held out as the inner validation part, if the bags have no split
+            ``val``; 0: none.
+        workers: processes that read bags ahead; None: 0 to 4 by the size of the set.
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        device: ``"cpu"``; None: a GPU if there is one.
+        checkpoint_minutes: minutes between checkpoints within an epoch; 0: at its end only.
+        tensorboard: write TensorBoard events.
+    """
+
+    task: str = "auto"
+    positive: str | None = None
+    class_weights: str = "none"
+    normalization: str = "auto"
+    max_instances: int = 32768
+    patience: int = 8
+    validation: float = 0.2
+    workers: int | None = None
+    precision: str = "fp32"
+    device: str | None = None
+    checkpoint_minutes: float = 10.0
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        fixed = {"loss": "bce", "kernel_weight": 0.0, "ensemble": 1}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: expected {value!r} for bags read from disk, got {getattr(self, name)!r}")
+        choices = {
+            "task": TASKS,
+            "class_weights": ("none", "balanced"),
+            "normalization": ("auto", "none", *NORMALIZATIONS),
+            "precision": ("fp32", "bf16"),
+            "device": (None, "cpu"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(str(value) for value in allowed if value is not None)
+                raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
+        if self.max_instances < 1:
+            raise ValueError(f"max_instances: expected at least 1, got {self.max_instances}")
+        for name in ("patience", "checkpoint_minutes", "workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation: expected a number in [0, 1), got {self.validation}")
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share; the others change speed and memory only."""
+        free = ("workers", "max_instances", "device", "checkpoint_minutes", "tensorboard", "backend")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}

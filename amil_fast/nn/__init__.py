@@ -1,5 +1,6 @@
 """Layers, networks and losses over bags of instances."""
 
+from amil_fast.nn.feature_normalization import FeatureNormalization, FeatureStatistics
 from amil_fast.nn.losses import NoisyOrLoss, level_loss, margin_loss, noisy_or, noisy_or_loss
 from amil_fast.nn.mirnet import MIRNet, MIROutput
 from amil_fast.nn.pooling import (
@@ -23,6 +24,8 @@ __all__ = [
     "GatedAttentionPool",
     "POOLINGS",
     "make_pooling",
+    "FeatureNormalization",
+    "FeatureStatistics",
     "MIRNet",
     "MIROutput",
     "StackedMIRNet",

@@ -1,15 +1,22 @@
 """MI-RNet, the residual multiple-instance network (Eq. 1)."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 from amil_fast.nn.bag_view import BagView
+from amil_fast.nn.feature_normalization import FeatureNormalization
 from amil_fast.nn.losses import noisy_or_of
 from amil_fast.nn.pooling import AdjustPool, BasePool, make_pooling
 from amil_fast.ops.bags import accumulation_dtype
+from amil_fast.utils import pretrained
+
+TASKS = ("classification", "one_vs_rest", "regression")
+_FORMAT = "amil_fast.MIRNet"
 
 
 class MIROutput(NamedTuple):
@@ -17,7 +24,8 @@ class MIROutput(NamedTuple):
 
     Attributes:
         logits: ``(L, B)`` or ``(L, B, C)``, scores of every level, for :func:`level_loss`.
-        probabilities: ``(B,)`` or ``(B, C)``, mean over the levels' probabilities (sigmoid or softmax).
+        probabilities: ``(B,)`` or ``(B, C)``, mean over the levels' probabilities (sigmoid or softmax); for
+            ``task="regression"`` the predicted values.
         embedding: ``(B, hidden)``, bag vector X^L of the last level.
         pooled: ``(depth, B, hidden)``, pooled vector of every level before the residual sum, for
             :func:`margin_loss`.
@@ -32,6 +40,10 @@ class MIROutput(NamedTuple):
     pooled: torch.Tensor
     weights: torch.Tensor | None
     instance_logits: torch.Tensor | None
+
+
+# Exported programs contain the output type by this name; torch.export.save needs it.
+_pytree._register_namedtuple(MIROutput, serialized_type_name=f"{_FORMAT}.MIROutput")
 
 
 class MIRNet(nn.Module):
@@ -63,6 +75,16 @@ class MIRNet(nn.Module):
         scoring: ``"bag"``: the heads score :math:`X^l`. ``"instances"``: they score every instance and its bag,
             :math:`x_{ij}^l + X_i^l`, and the probability of a bag is the noisy-or over its instances
             (:func:`noisy_or`, λ = 1).
+        task: ``"classification"``; ``"one_vs_rest"``: a sigmoid per class instead of the softmax;
+            ``"regression"``: the prediction is the mean over the levels' scores, times ``target_std``, plus
+            ``target_mean``.
+        normalization: normalization of the features within the model
+            (:class:`~amil_fast.nn.FeatureNormalization`, to be fitted: ``net.normalization.fit(batches)``); None: off.
+        soft_clip: bound of the smooth clipping after the normalization; 0: off.
+        label_names: names of the classes; for ``num_classes=1`` those of the negative and the positive class.
+        threshold: least probability of the positive class for which a bag is called positive.
+        target_mean: see ``task``.
+        target_std: see ``task``.
         backend: backend of adjust pooling.
 
     Raises:
@@ -86,9 +108,18 @@ class MIRNet(nn.Module):
         instance_scale: float = 1.0,
         bag_scale: float = 1.0,
         scoring: str = "bag",
+        task: str = "classification",
+        normalization: str | None = None,
+        soft_clip: float = 0.0,
+        label_names: Sequence[str] = (),
+        threshold: float = 0.5,
+        target_mean: float = 0.0,
+        target_std: float = 1.0,
         backend: str = "auto",
     ):
         super().__init__()
+        arguments = dict(locals())
+        self._arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
         sizes = {"in_features": in_features, "num_classes": num_classes, "hidden": hidden, "depth": depth}
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
@@ -99,7 +130,18 @@ class MIRNet(nn.Module):
             raise ValueError(f"scoring: 'instances' is for num_classes=1, got num_classes={num_classes}")
         if instance_norm is not None and not instance_norm > 0:
             raise ValueError(f"instance_norm: expected None or a positive number, got {instance_norm}")
+        if task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        expected = {"classification": max(num_classes, 2), "one_vs_rest": num_classes, "regression": 0}[task]
+        if len(label_names) not in (0, expected):
+            raise ValueError(f"label_names: expected {expected} names, got {len(label_names)}")
+        self.in_features = in_features
         self.num_classes = num_classes
+        self.task, self.label_names, self.threshold = task, tuple(label_names), threshold
+        self.target_mean, self.target_std = target_mean, target_std
+        self.normalization = None
+        if normalization is not None:
+            self.normalization = FeatureNormalization(in_features, normalization, soft_clip)
         self.residual = residual
         self.deep_supervision = deep_supervision
         self.layers = nn.ModuleList(self._linear(hidden if level else in_features, hidden) for level in range(depth))
@@ -132,6 +174,50 @@ class MIRNet(nn.Module):
                     layer.weight.normal_(0, (gain / layer.in_features) ** 0.5, generator=generator)
                     layer.bias.zero_()
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-serializable arguments of the constructor, with the current label names, threshold and targets."""
+        if callable(self._arguments["pooling"]):
+            raise ValueError("pooling: expected a name in POOLINGS to store the model, got a callable")
+        current = {name: getattr(self, name) for name in ("threshold", "target_mean", "target_std")}
+        return {**self._arguments, **current, "label_names": list(self.label_names)}
+
+    def save_pretrained(self, folder: str | os.PathLike, *, notes: dict[str, Any] | None = None) -> None:
+        """Writes ``config.json`` and ``model.safetensors``, including the normalization, to a folder.
+
+        Args:
+            folder: created if necessary.
+            notes: JSON-serializable, stored in ``config.json``.
+
+        Raises:
+            ValueError: the pooling is a callable.
+        """
+        pretrained.save(self, folder, _FORMAT, notes=notes)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> "MIRNet":
+        """Loads a model that :meth:`save_pretrained` wrote, float32 and in evaluation mode.
+
+        Args:
+            path: the folder; or the name of a repository on the Hugging Face hub (``"owner/name"``), which is
+                downloaded with the package huggingface_hub.
+            options: constructor arguments to override, such as ``backend="reference"``.
+
+        Raises:
+            ValueError: missing or damaged files, or files of another model.
+        """
+        folder = pretrained.local_folder(path)
+        return pretrained.load(lambda **arguments: cls(**{**arguments, **options}), folder, _FORMAT)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Uploads the files of :meth:`save_pretrained` to the Hugging Face hub; returns the address.
+
+        Args:
+            repository: ``"owner/name"``, created if necessary.
+            options: arguments of ``huggingface_hub.HfApi.create_repo``, such as ``private=True``.
+        """
+        return pretrained.push(self.save_pretrained, repository, **options)
+
     def forward(
         self,
         instances: torch.Tensor,
@@ -153,8 +239,20 @@ class MIRNet(nn.Module):
             return_weights: also return the instance weights of every level.
         """
         bags = BagView(instances, mask, lengths, cu_seqlens)
+        if bags.instances.shape[-1] != self.in_features:
+            raise ValueError(
+                f"instances: expected {self.in_features} features (in_features), got {bags.instances.shape[-1]}"
+            )
         # x has zeros in the padding, where 0 · NaN would otherwise reach the weight gradients of the layers.
-        return self._levels(bags.x, bags, return_weights)
+        x = bags.x
+        dtype, device = self.heads[0].weight.dtype, self.heads[0].weight.device
+        if x.device != device:
+            raise ValueError(f"instances: expected device {device} of the network's parameters, got {x.device}")
+        if self.normalization is not None:
+            x = self.normalization(x).to(dtype)
+        elif x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"instances: expected dtype {dtype} of the network's parameters, got {x.dtype}")
+        return self._levels(x, bags, return_weights)
 
     def _levels(self, x, bags, return_weights):
         pooled, weights, logits, instance_logits = [], [], [], []
@@ -182,6 +280,9 @@ class MIRNet(nn.Module):
         logits = torch.stack(logits)
         if self.num_classes == 1:
             logits = logits[..., 0]
+        if self.task == "regression":
+            probabilities = logits.mean(0) * self.target_std + self.target_mean
+        elif self.num_classes == 1 or self.task == "one_vs_rest":
             probabilities = torch.sigmoid(logits).mean(0)
         else:
             probabilities = torch.softmax(logits, -1).mean(0)

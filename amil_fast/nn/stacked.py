@@ -59,6 +59,10 @@ class StackedMIRNet(MIRNet):
             raise ValueError(f"pooling: {type(pool).__name__} has parameters and no stacked form")
         return pool
 
+    @property
+    def config(self) -> dict[str, Any]:
+        raise TypeError("StackedMIRNet has no file format; load a member's state dict into a MIRNet and save that")
+
     def reset_member(self, member: int, generator: torch.Generator) -> None:
         """Initializes one member's parameters from ``generator``, independently of the other members."""
         layer: Any

@@ -113,7 +113,7 @@ def pool_bags(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`adjust_pool` of bags in canonical form; the weights are meaningless unless ``return_weights``."""
     backend = backends.choose(backend, instances.device.type, _SUPPORTED)
-    if backend == "reference":
+    if backend == "reference" and instances.device.type != "meta":  # for meta tensors, the registered shapes
         if instances.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bag_values(instances, lengths, cu_seqlens, max_seqlen)
         bag, weights = adjust_pool_reference(
@@ -121,7 +121,7 @@ def pool_bags(
         )
     else:
         call: Callable
-        if backends.dispatcher_has_work(instances):
+        if instances.device.type == "meta" or backends.dispatcher_has_work(instances):
             call = torch.ops.amil_fast.adjust_pool.default
         else:
             call = _AdjustPool.apply if instances.requires_grad and torch.is_grad_enabled() else _forward
@@ -139,7 +139,8 @@ def pool_bags(
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _BAGS = "Tensor instances, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens"
 _library.define(
-    f"adjust_pool({_BAGS}, int num_iters, bool return_weights, bool detach_routing, str backend, SymInt? max_seqlen=None)"
+    f"adjust_pool({_BAGS}, int num_iters, bool return_weights, bool detach_routing, str backend,"
+    " SymInt? max_seqlen=None)"
     " -> (Tensor bag, Tensor weights, Tensor sigma, Tensor softmax_stats)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

@@ -27,6 +27,8 @@ def check_bags(instances, mask, lengths, cu_seqlens):
     """
     if not isinstance(instances, torch.Tensor):
         raise TypeError(f"instances: expected a torch.Tensor, got {type(instances).__name__}")
+    if instances.layout not in (torch.strided, torch.jagged):
+        raise ValueError(f"instances: expected a dense tensor, got layout {instances.layout}; call .to_dense() first")
     if instances.is_nested:
         if mask is not None or lengths is not None or cu_seqlens is not None:
             raise ValueError("instances: a nested tensor carries its own bag sizes; drop mask, lengths and cu_seqlens")

@@ -16,13 +16,13 @@ from amil_fast.pose.data.files import read_image
 from amil_fast.pose.evaluation import GroundTruth, score, scores_of_groups
 from amil_fast.pose.evaluation.evaluate import TRUTH_FIELDS, predict_batches
 from amil_fast.pose.inference.predictor import Predictor, load_model
-from amil_fast.pose.training.checkpoints import STATE, load_state, part
 from amil_fast.pose.training.presets import preset
 from amil_fast.pose.training.trainer import train
 from amil_fast.pose.training.training_data import training_data
 from amil_fast.pose.visualization import contact_sheet, draw_pose, plot_curves, pose_tile
 from amil_fast.pose.visualization.drawing import to_bgr
 from amil_fast.utils.files import write_bytes, write_json
+from amil_fast.utils.training_state import STATE, load_state, part
 
 _SIDE = 240  # of a tile in pixels
 

@@ -1,6 +1,8 @@
 """Model folders: ``config.json`` with the constructor's arguments, ``model.safetensors`` with the weights."""
 
 import os
+import re
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from amil_fast.utils.files import publish, read_json, write_json
+from amil_fast.utils.optional import require
 
 VERSION = 1
 
@@ -88,3 +91,25 @@ def load(build: Callable[..., _Module], path: str | os.PathLike, kind: str) -> _
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: expected the files of a model of format {kind!r}: {error}") from None
     return model.eval()
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """Returns ``path``, or the folder with the download of a Hugging Face repository ``"owner/name"``."""
+    if isinstance(path, str) and not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        hub = require("huggingface_hub", "models on the Hugging Face hub")
+        try:
+            return Path(hub.snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
+        except Exception as error:  # of the hub, its network library, or the disk
+            raise ValueError(f"{path}: no such folder, and no such model on the Hugging Face hub: {error}") from error
+    return Path(path)
+
+
+def push(save_to: Callable[[Path], object], repository: str, **options: Any) -> str:
+    """Uploads the files that ``save_to(folder)`` writes to a Hugging Face repository; returns its address."""
+    hub = require("huggingface_hub", "models on the Hugging Face hub")
+    api = hub.HfApi()
+    address = api.create_repo(repository, exist_ok=True, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        save_to(Path(folder))
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    return str(address)

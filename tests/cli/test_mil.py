@@ -87,4 +87,4 @@ def test_cv_bad_files(bag_file, tmp_path):
 def test_cv_unwritable_json(bag_file, tmp_path):
     (tmp_path / "file").write_text("")
     run = amil("mil", "cv", bag_file, *FAST, "--json", tmp_path / "file" / "x.json")
-    assert run.exit_code == 2 and "cannot be written" in run.output
+    assert run.exit_code == 2 and f"File exists: '{tmp_path / 'file'}'" in run.output

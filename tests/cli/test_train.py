@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from amil_fast.pose.inference.predictor import load_model
-from amil_fast.pose.training import PoseTraining, checkpoints
+from amil_fast.pose.training import PoseTraining
+from amil_fast.utils import training_state
 from tests.cli.helpers import amil
 from tests.pose.training_runs import TINY, one_thread  # noqa: F401 (one_thread is a fixture)
 
@@ -133,7 +134,7 @@ def test_killed_and_resumed(tiny, tmp_path):
         assert process.poll() is None, process.stderr.read().decode()[-2000:]
         process.send_signal(signal.SIGKILL)
         process.wait()
-        tensors, facts = checkpoints.load_state(out / "last")
+        tensors, facts = training_state.load_state(out / "last")
         assert all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
         load_model(out / "last")
         reached.append(facts["step"])
@@ -142,7 +143,7 @@ def test_killed_and_resumed(tiny, tmp_path):
     assert end.exit_code == 0, end.output
     assert f"resuming after step {reached[1]}" in end.output
     assert amil("train", *settings, "--out", tmp_path / "uninterrupted").exit_code == 0
-    states = [checkpoints.load_state(folder / "last") for folder in (out, tmp_path / "uninterrupted")]
+    states = [training_state.load_state(folder / "last") for folder in (out, tmp_path / "uninterrupted")]
     (one, facts), (two, _) = states
     assert facts["step"] == 75 and one.keys() == two.keys()
     assert not [name for name in one if not torch.equal(one[name], two[name])]
@@ -150,6 +151,6 @@ def test_killed_and_resumed(tiny, tmp_path):
 
 def _step(out):
     try:
-        return checkpoints.load_state(out / "last")[1]["step"]
+        return training_state.load_state(out / "last")[1]["step"]
     except ValueError:
         return 0

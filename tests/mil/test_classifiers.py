@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from amil_fast.mil.bag_files import check_bag_data, load_bags
-from amil_fast.mil.classifiers import BagClassifiers, pack_members, soft_clip
+from amil_fast.mil.classifiers import BagClassifiers, pack_members
 from amil_fast.mil.cross_validation import area_under_roc, cross_validate
 from amil_fast.mil.settings import LOSSES, PAPER_SETTINGS, MilSettings
 from amil_fast.nn import POOLINGS, MIRNet, level_loss
+from amil_fast.nn.feature_normalization import soft_clip
 from tests.helpers import SHARED
 from tests.mil.helpers import easy_bags
 

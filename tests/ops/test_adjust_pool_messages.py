@@ -21,6 +21,8 @@ cu = torch.tensor
         (ValueError, r"instances: expected shape \(B, N, D\).*got \(3, 5\)", lambda x: adjust_pool(x[:, :, 0])),
         (ValueError, r"instances: expected shape \(total, D\)", lambda x: adjust_pool(x, cu_seqlens=cu([0, 3]))),
         (ValueError, "instances: expected at least one feature", lambda x: adjust_pool(x[:, :, :0])),
+        (ValueError, r"instances: expected a dense tensor, got layout torch.sparse_coo; call \.to_dense\(\)",
+         lambda x: adjust_pool(x.to_sparse())),
         (ValueError, r"mask: expected shape \(3, 5\).*got \(3, 4\)", lambda x: adjust_pool(x, torch.ones(3, 4))),
         (TypeError, "mask: expected a torch.Tensor, got list", lambda x: adjust_pool(x, [[1] * 5] * 3)),
         (ValueError, "mask: expected mask or lengths, got both",
@@ -81,3 +83,10 @@ def test_missing_extension_error_suggests_a_remedy(monkeypatch):
         assert "cannot be imported" in amil_fast.info()["backends"]["cpp"]
     finally:
         native.cache_clear()
+
+
+def test_meta_tensors_give_shapes():
+    bag, weights = adjust_pool(torch.empty(2, 3, 4, device="meta"), return_weights=True)
+    assert bag.device.type == "meta" and bag.shape == (2, 4) and weights.shape == (2, 3)
+    packed = torch.empty(6, 4, device="meta", requires_grad=True)
+    assert adjust_pool(packed, cu_seqlens=torch.empty(3, dtype=torch.int64, device="meta")).shape == (2, 4)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from amil_fast.cli.app import app
 from amil_fast.pose.training import Interrupted, TrainConfig, ablation, preset
-from amil_fast.pose.training.checkpoints import STATE, load_state
+from amil_fast.utils.training_state import STATE, load_state
 
 TINY = [
     "generator.features=8",

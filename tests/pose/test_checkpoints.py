@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amil_fast.pose.training import checkpoints
-from amil_fast.pose.training.checkpoints import load_state, load_weights, save_state
+from amil_fast.utils import training_state
 from amil_fast.utils.files import publish
+from amil_fast.utils.training_state import load_state, load_weights, save_state
 from tests.pose.training_runs import one_thread  # noqa: F401 (a fixture)
 
 
@@ -36,13 +36,13 @@ def test_state_round_trip(tmp_path):
 def test_invalid_states(tmp_path):
     with pytest.raises(ValueError, match="no such training state"):
         load_state(tmp_path)
-    (tmp_path / checkpoints.STATE).write_bytes(b"\x80\x04not a checkpoint")
-    with pytest.raises(ValueError, match=r"state\.safetensors: expected a training state written by amil train"):
+    (tmp_path / training_state.STATE).write_bytes(b"\x80\x04not a checkpoint")
+    with pytest.raises(ValueError, match=r"state\.safetensors: expected a training state"):
         load_state(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / checkpoints.STATE)
+    save_file({"a": torch.zeros(1)}, tmp_path / training_state.STATE)
     with pytest.raises(ValueError, match="expected a training state"):
         load_state(tmp_path)
-    save_state(tmp_path, {}, {"version": checkpoints.VERSION + 1})
+    save_state(tmp_path, {}, {"version": training_state.VERSION + 1})
     with pytest.raises(ValueError, match="newer than this amil_fast"):
         load_state(tmp_path)
 
@@ -67,7 +67,7 @@ def test_publish_is_all_or_nothing(tmp_path):
 
 def test_published_files_are_readable_like_their_folder(tmp_path):
     publish(tmp_path / "a", lambda folder: save_state(folder, {"x": torch.zeros(1)}, {}))
-    mode = (tmp_path / "a" / checkpoints.STATE).stat().st_mode & 0o777
+    mode = (tmp_path / "a" / training_state.STATE).stat().st_mode & 0o777
     assert mode == (tmp_path / "a").stat().st_mode & 0o666
 
 
@@ -123,12 +123,12 @@ def test_restored_optimizer_is_bit_identical():
     first = network()
     optimizer = optimizer_of(first)
     steps(first, optimizer, range(3))
-    tensors = {name: value.contiguous() for name, value in checkpoints.optimizer_tensors(optimizer).items()}
+    tensors = {name: value.contiguous() for name, value in training_state.optimizer_tensors(optimizer).items()}
     assert len(tensors) == 3 * 4  # step, exp_avg, exp_avg_sq of four parameters
     second = network()
     second.load_state_dict(first.state_dict())
     optimizer = optimizer_of(second)
-    checkpoints.load_optimizer(optimizer, tensors)
+    training_state.load_optimizer(optimizer, tensors)
     average = optimizer.state[second[0].weight]["exp_avg"]
     assert average.stride() == second[0].weight.stride(), "the state has another memory format than its parameter"
     steps(second, optimizer, range(3, 6))

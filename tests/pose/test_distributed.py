@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import amil_fast
-from amil_fast.pose.training import PoseTraining, checkpoints, train
+from amil_fast.pose.training import PoseTraining, train
 from amil_fast.pose.training.distributed import end_process_group
+from amil_fast.utils import training_state
 from tests.pose.training_runs import (  # one_thread is a fixture
     TINY,
     data_with_gaps,
@@ -94,7 +95,7 @@ def test_same_samples_same_losses(two, tmp_path):
     assert ranks[1]["summary"] is None
     assert ranks[0]["summary"]["validation"]["counted"] == summary["validation"]["counted"]
     # Only one process writes.
-    assert checkpoints.load_state(two / "run" / "last")[1]["step"] == 4
+    assert training_state.load_state(two / "run" / "last")[1]["step"] == 4
     assert len((two / "run" / "history.jsonl").read_text().splitlines()) == 4
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from amil_fast.pose import heatmap_loss
-from amil_fast.pose.training import Interrupted, NotFinite, TrainingData, checkpoints
+from amil_fast.pose.training import Interrupted, NotFinite, TrainingData
 from amil_fast.pose.training.training_data import training_data
+from amil_fast.utils import training_state
 from tests.pose.training_runs import (  # one_thread is a fixture
     TINY,
     history,
@@ -36,14 +37,14 @@ def test_resumed_run_is_bit_identical(tmp_path, settings):
     training(tmp_path / "straight", **settings).run()
     with pytest.raises(Interrupted, match="SIGTERM: stopped after step 5"):
         training(tmp_path / "parts", on_step=stop_after(5), **settings).run()
-    _, facts = checkpoints.load_state(tmp_path / "parts" / "last")
+    _, facts = training_state.load_state(tmp_path / "parts" / "last")
     assert (facts["epoch"], facts["epoch_step"], facts["step"]) == (1, 2, 5)
     torch.manual_seed(999)  # another process has another random state
     run = training(tmp_path / "parts", resume=True, **settings)
     run.run()
     assert "resuming after step 5, in epoch 2" in text_of(run)
-    one, facts_one = checkpoints.load_state(tmp_path / "straight" / "last")
-    two, facts_two = checkpoints.load_state(tmp_path / "parts" / "last")
+    one, facts_one = training_state.load_state(tmp_path / "straight" / "last")
+    two, facts_two = training_state.load_state(tmp_path / "parts" / "last")
     assert one.keys() == two.keys()
     different = [name for name in one if not torch.equal(one[name], two[name])]
     assert not different
@@ -92,7 +93,7 @@ def test_signals_save(tmp_path, which):
     with pytest.raises(Interrupted, match=f"{which.name}: stopped after step 4; .*last is saved"):
         training(tmp_path, run__log_every=100, on_step=kill).run()
     assert signal.getsignal(which) is before
-    assert checkpoints.load_state(tmp_path / "last")[1]["step"] == 4
+    assert training_state.load_state(tmp_path / "last")[1]["step"] == 4
 
 
 class Interrupting(torch.utils.data.Dataset):
@@ -116,7 +117,7 @@ def test_interrupted_while_validating(tmp_path):
     data = training_data(TINY)
     with pytest.raises(Interrupted, match="SIGINT: stopped after step 6"):
         training(tmp_path, data=TrainingData(data.training, Interrupting(data.validation))).run()
-    facts = checkpoints.load_state(tmp_path / "last")[1]
+    facts = training_state.load_state(tmp_path / "last")[1]
     assert (facts["epoch"], facts["epoch_step"]) == (1, 3)
     training(tmp_path, resume=True).run()
     assert [row["step"] for row in history(tmp_path) if "PCK@0.2" in row] == [6, 9]
@@ -152,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     with pytest.raises(NotFinite, match=terms) as error:
         training(tmp_path, run__log_every=100, heatmap_loss=broken).run()
     assert f"the last good checkpoint is {tmp_path / 'last'}, of step 3" in str(error.value)
-    tensors, facts = checkpoints.load_state(tmp_path / "last")
+    tensors, facts = training_state.load_state(tmp_path / "last")
     assert facts["step"] == 3 and all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
 
 

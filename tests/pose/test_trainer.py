@@ -12,8 +12,9 @@ from amil_fast.pose import heatmap_loss, region_cross_entropy
 from amil_fast.pose.codec import heatmap_to_image
 from amil_fast.pose.data import SPORTS, SyntheticFigures, load_lspet, pack
 from amil_fast.pose.inference.predictor import load_model
-from amil_fast.pose.training import PoseTraining, checkpoints, preset, train
+from amil_fast.pose.training import PoseTraining, preset, train
 from amil_fast.pose.training.training_data import training_data
+from amil_fast.utils import training_state
 from tests.pose import layouts as make
 from tests.pose.training_runs import (  # one_thread is a fixture
     TINY,
@@ -105,8 +106,8 @@ def test_complete_run(tmp_path):
         assert json.loads((out / folder / "train.json").read_text()) == run.config.to_dict()
     # The moving average is saved, not the weights of the last step.
     shipped = load_file(out / "last" / "model.safetensors")
-    tensors, facts = checkpoints.load_state(out / "last")
-    raw, average = checkpoints.part("generator", tensors), checkpoints.part("average.module", tensors)
+    tensors, facts = training_state.load_state(out / "last")
+    raw, average = training_state.part("generator", tensors), training_state.part("average.module", tensors)
     assert all(torch.equal(shipped[name], average[name]) for name in shipped)
     assert any(not torch.equal(shipped[name], raw[name]) for name in shipped)
     assert (facts["epoch"], facts["epoch_step"], facts["step"]) == (3, 0, 9)
@@ -181,9 +182,9 @@ def test_without_discriminator_average_and_validation(tmp_path):
     assert run.networks.discriminator is None and "validation" not in summary
     row = history(tmp_path)[0]
     assert "k" not in row and "fake" not in row and "norm" not in row
-    tensors, _ = checkpoints.load_state(tmp_path / "last")
+    tensors, _ = training_state.load_state(tmp_path / "last")
     assert {name.partition(".")[0] for name in tensors} == {"generator", "optimizer", "random"}
-    best, raw = load_file(tmp_path / "best" / "model.safetensors"), checkpoints.part("generator", tensors)
+    best, raw = load_file(tmp_path / "best" / "model.safetensors"), training_state.part("generator", tensors)
     assert all(torch.equal(best[name], raw[name]) for name in best)
 
 

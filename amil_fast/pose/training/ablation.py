@@ -20,12 +20,12 @@ from rich.console import Console
 
 from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import headline, scores_of_groups
-from amil_fast.pose.training.checkpoints import STATE, load_state
 from amil_fast.pose.training.config import TrainConfig, from_dict
 from amil_fast.pose.training.meter import NotFinite
-from amil_fast.pose.training.signals import Interrupted, StopRequest
 from amil_fast.pose.training.trainer import train
 from amil_fast.utils.files import atomic_path, read_json
+from amil_fast.utils.signals import Interrupted, StopRequest
+from amil_fast.utils.training_state import STATE, load_state
 
 OUTPUT = "output.txt"  # in a run's folder: what its process printed
 _POLL = 0.2  # seconds between checks for a requested stop

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from amil_fast.pose import Balance, PoseDiscriminator, PoseGenerator
-from amil_fast.pose.training import checkpoints
 from amil_fast.pose.training.config import TrainConfig
 from amil_fast.pose.training.distributed import synchronize_batch_norm
+from amil_fast.utils import training_state
 
 
 class Networks:
@@ -33,7 +33,7 @@ class Networks:
         self.generator: Any = generator  # Any: torch annotates neither Module.to(memory_format=...) nor wrapped models
         self.notes: list[str] = []
         if run.init is not None:
-            taken, missing, unused = checkpoints.load_weights(self.generator, run.init)
+            taken, missing, unused = training_state.load_weights(self.generator, run.init)
             self.notes.append(f"initialized from {run.init}: {taken} tensors loaded")
             self.notes += [f"  missing: {name}" for name in missing] + [f"  not used: {name}" for name in unused]
         self.discriminator: Any = None
@@ -76,29 +76,29 @@ class Networks:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns all tensors of networks, optimizers and balance by name."""
-        tensors = checkpoints.prefixed("generator", self.generator.state_dict())
-        tensors |= checkpoints.prefixed("optimizer", checkpoints.optimizer_tensors(self.optimizer))
+        tensors = training_state.prefixed("generator", self.generator.state_dict())
+        tensors |= training_state.prefixed("optimizer", training_state.optimizer_tensors(self.optimizer))
         if self.average is not None:
-            tensors |= checkpoints.prefixed("average", self.average.state_dict())
+            tensors |= training_state.prefixed("average", self.average.state_dict())
         if self.discriminator is not None:
-            tensors |= checkpoints.prefixed("discriminator", self.discriminator.state_dict())
-            tensors |= checkpoints.prefixed(
-                "discriminator_optimizer", checkpoints.optimizer_tensors(self.discriminator_optimizer)
+            tensors |= training_state.prefixed("discriminator", self.discriminator.state_dict())
+            tensors |= training_state.prefixed(
+                "discriminator_optimizer", training_state.optimizer_tensors(self.discriminator_optimizer)
             )
             tensors["balance.k"] = self.balance.k  # type: ignore[union-attr]
         return tensors
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restores :meth:`state`; raises RuntimeError if the networks have other parameters."""
-        self.generator.load_state_dict(checkpoints.part("generator", tensors))
+        self.generator.load_state_dict(training_state.part("generator", tensors))
         if self.average is not None:
-            self.average.load_state_dict(checkpoints.part("average", tensors))
+            self.average.load_state_dict(training_state.part("average", tensors))
         if self.discriminator is not None:
-            self.discriminator.load_state_dict(checkpoints.part("discriminator", tensors))
-        checkpoints.load_optimizer(self.optimizer, checkpoints.part("optimizer", tensors))
+            self.discriminator.load_state_dict(training_state.part("discriminator", tensors))
+        training_state.load_optimizer(self.optimizer, training_state.part("optimizer", tensors))
         if self.discriminator is not None:
-            saved = checkpoints.part("discriminator_optimizer", tensors)
-            checkpoints.load_optimizer(self.discriminator_optimizer, saved)
+            saved = training_state.part("discriminator_optimizer", tensors)
+            training_state.load_optimizer(self.discriminator_optimizer, saved)
             self.balance.k.copy_(tensors["balance.k"])  # type: ignore[union-attr]
 
     def _prepare(self, model, rate):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from amil_fast.pose.training import checkpoints
 from amil_fast.pose.training.config import TrainConfig
 from amil_fast.pose.training.meter import NotFinite, TrainingProgress
 from amil_fast.pose.training.networks import Networks
+from amil_fast.utils import training_state
 from amil_fast.utils.files import publish, write_json
 
 
@@ -42,7 +42,7 @@ class RunFolder:
         if accelerator.scaler is not None:
             facts["scaler"] = accelerator.scaler.state_dict()
         notes = {"step": progress.step, "epoch": progress.epoch}
-        self._write("last", notes, lambda folder: checkpoints.save_state(folder, tensors, facts))
+        self._write("last", notes, lambda folder: training_state.save_state(folder, tensors, facts))
 
     def save_best(self, progress: TrainingProgress) -> None:
         """Writes the generator to ``best/``."""
@@ -81,9 +81,9 @@ class RunFolder:
     def last_checkpoint(self) -> str:
         """Describes the checkpoint that a failed run can be resumed from."""
         last = self.out / "last"
-        if not (last / checkpoints.STATE).is_file():
+        if not (last / training_state.STATE).is_file():
             return "there is no checkpoint yet"
-        return f"the last good checkpoint is {last}, of step {checkpoints.load_state(last)[1]['step']}"
+        return f"the last good checkpoint is {last}, of step {training_state.load_state(last)[1]['step']}"
 
     def _write(self, name: str, notes: dict[str, Any], also: Callable[[Path], None] | None = None) -> None:
         def write(folder):

@@ -16,18 +16,18 @@ from amil_fast.pose import PoseGenerator, heatmap_loss
 from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import Result
-from amil_fast.pose.training import checkpoints
 from amil_fast.pose.training.config import PRECISIONS, TrainConfig
 from amil_fast.pose.training.distributed import end_process_group
 from amil_fast.pose.training.meter import LossMeter, NotFinite, TrainingProgress
 from amil_fast.pose.training.networks import Networks
 from amil_fast.pose.training.run_folder import RunFolder
 from amil_fast.pose.training.run_log import RunLog
-from amil_fast.pose.training.signals import Interrupted, StopRequest
 from amil_fast.pose.training.step import Batch, OptimizationStep
 from amil_fast.pose.training.training_data import TrainingData, training_data
 from amil_fast.pose.training.validation import Validation
+from amil_fast.utils import training_state
 from amil_fast.utils.files import write_json
+from amil_fast.utils.signals import Interrupted, StopRequest
 
 
 class PoseTraining:
@@ -72,10 +72,10 @@ class PoseTraining:
         self.on_step, self.on_save = on_step, on_save
         self.accelerator = _accelerator(config)
         self.world = self.accelerator.num_processes
-        found = (self.out / "last" / checkpoints.STATE).is_file()
+        found = (self.out / "last" / training_state.STATE).is_file()
         if found and not resume:
             raise ValueError(f"{self.out}: already contains a training run; pass --resume, or choose another --out")
-        tensors, facts = checkpoints.load_state(self.out / "last") if found else ({}, {})
+        tensors, facts = training_state.load_state(self.out / "last") if found else ({}, {})
 
         on_gpu = self.accelerator.device.type == "cuda"
         self.data = training_data(config, on_device=on_gpu) if data is None else data

@@ -1,9 +1,7 @@
-"""Checkpoints of training: safetensors and JSON, written atomically.
+"""State of a training run in one safetensors file, and the tensors of optimizers by name.
 
-A run's folder contains ``last/`` and ``best/``. In both, ``config.json`` and ``model.safetensors`` are the generator as
-written by ``save_pretrained``, and ``train.json`` is the training configuration. ``last/state.safetensors`` is the
-complete training state, tensors and (as JSON in its metadata) numbers, in one file, so that they are always consistent.
-Each file is written under a temporary name, flushed to the disk and then renamed.
+``state.safetensors`` contains tensors and (as JSON in its metadata) numbers, so that they are always consistent. It is
+to be written through :mod:`amil_fast.utils.files`, so that it appears only when it is complete.
 """
 
 import json
@@ -36,7 +34,7 @@ def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             facts = json.loads((file.metadata() or {})["amil"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path}: expected a training state written by amil train ({error})") from None
+        raise ValueError(f"{path}: expected a training state ({error})") from None
     if facts["version"] > VERSION:
         raise ValueError(f"{path}: version {facts['version']} is newer than this amil_fast")
     return tensors, facts
