@@ -5,10 +5,12 @@ from amil_fast.pose.models.generator import PoseGenerator, PoseOutput
 from amil_fast.pose.models.losses import (
     Balance,
     adversarial_loss,
+    choose_sides,
     discriminator_losses,
     heatmap_loss,
     region_cross_entropy,
     region_loss,
+    softmax_cross_entropy,
 )
 from amil_fast.pose.skeletons import SKELETONS, Skeleton, get_skeleton
 
@@ -23,6 +25,8 @@ __all__ = [
     "Balance",
     "heatmap_loss",
     "region_cross_entropy",
+    "softmax_cross_entropy",
+    "choose_sides",
     "region_loss",
     "adversarial_loss",
     "discriminator_losses",

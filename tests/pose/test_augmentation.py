@@ -28,7 +28,7 @@ from amil_fast.pose.data import (
     load_lsp,
     load_lspet,
 )
-from amil_fast.pose.data.augment import SPORTS, color_matrix, warp_batch, warp_crop
+from amil_fast.pose.data.augment import SPORTS, STRONG, color_matrix, cut_out, cut_out_batch, warp_batch, warp_crop
 from amil_fast.pose.skeletons import LSP14
 from tests.pose import layouts as make
 
@@ -225,6 +225,33 @@ def test_ranges():
     for change in ({"scale": (0, 1)}, {"scale": (2, 1)}, {"flip": 1.5}, {"any_rotation": -1}):
         with pytest.raises(ValueError, match=next(iter(change))):
             Augmentation(**change)
+
+
+def test_cutouts():
+    """Rectangles of uniform color, equal in both implementations; other parameters do not depend on them."""
+    plain, cut = (dataclasses.replace(STRONG, cutouts=n) for n in (0, 3))
+    assert plain.draw(1, 2, 3)[0] == cut.draw(1, 2, 3)[0] and plain.draw_cutouts(1, 2, 3).shape == (0, 4)
+    draws = np.stack([cut.draw_cutouts(0, 0, i) for i in range(500)])
+    extent = draws[..., 2:] - draws[..., :2]
+    used = extent.max(-1) > 0
+    assert abs(used.mean() - 0.5) < 0.04 and (extent[~used] == 0).all()
+    low, high = cut.cutout_size
+    assert low - 1e-6 <= extent[used].min() < low + 0.01 and high - 0.01 < extent[used].max() <= high + 1e-6
+    assert (cut.draw_cutouts(0, 0, 7) == draws[7]).all() and (cut.draw_cutouts(0, 1, 7) != draws[7]).any()
+
+    crop = np.full((3, 8, 8), 9, np.uint8)
+    # Pixel centers at (i + 1/2) / 8: columns 1 and 2, rows 4 to 7; the second rectangle is not used.
+    cutouts = np.array([[0.15, 0.5, 0.35, 1.2], [0, 0, 0, 0]], np.float32)
+    cut_out(crop, cutouts)
+    assert (crop[0] != 9).nonzero()[0].tolist() == [4, 4, 5, 5, 6, 6, 7, 7]
+    assert (crop[0] != 9).nonzero()[1].tolist() == [1, 2] * 4
+    assert crop[:, 5, 1].tolist() == [124, 116, 104]
+    for rectangles in (cutouts, *draws[:20]):
+        one, batch = np.full((3, 32, 32), 51, np.uint8), torch.full((1, 3, 32, 32), 0.2)
+        cut_out(one, rectangles)
+        torch.testing.assert_close(
+            cut_out_batch(batch, torch.from_numpy(rectangles)[None])[0], torch.from_numpy(one) / 255, atol=0.002, rtol=0
+        )
 
 
 def read_all(dataset, workers, batch_size, epochs=2):

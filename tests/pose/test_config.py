@@ -43,6 +43,17 @@ def test_cosine_with_warm_up():
     assert ScheduleConfig(kind="constant").factor(12345, 10) == 1.0
 
 
+def test_constant_then_decay():
+    schedule = ScheduleConfig(epochs=10, kind="wsd", warmup=1.0, decay=0.4, final=0.1)
+    factors = [schedule.factor(step, 5) for step in range(51)]
+    assert factors[0] == pytest.approx(1 / 6) and factors[5:31] == [1.0] * 26
+    assert factors[40] == pytest.approx(0.55) and factors[50] == pytest.approx(0.1)
+    assert all(a > b for a, b in pairwise(factors[30:]))
+    assert schedule.decay_start(5) == 30 and ScheduleConfig(kind="cosine").decay_start(5) is None
+    longer = ScheduleConfig(epochs=20, kind="wsd", warmup=1.0, decay=0.4, final=0.1)
+    assert [longer.factor(step, 5) for step in range(31)] == factors[:31]
+
+
 def test_override_reaches_every_section():
     chosen = TrainConfig().override(
         {"optimizer.lr": 5e-4, "generator.blocks": 3, "optimizer.betas": [0.5, 0.9], "data.workers": 2, "loss.mil": 1}
@@ -94,7 +105,10 @@ def test_parse_override(text, expected):
         ({"optimizer.lr": 0}, r"optimizer\.lr: expected a positive number"),
         ({"run.ema_decay": 1}, r"run\.ema_decay: expected a number in \[0, 1\)"),
         ({"schedule.kind": "cosinus"}, r"schedule\.kind: expected one of constant, cosine, inverse-time"),
-        ({"loss.heatmap": "l1"}, r"loss\.heatmap: expected one of l2, cross-entropy, got 'l1'"),
+        ({"schedule.decay": 1.5}, r"schedule\.decay: expected a fraction, got 1\.5"),
+        ({"loss.heatmap": "l1"}, r"loss\.heatmap: expected one of l2, cross-entropy, softmax, got 'l1'"),
+        ({"loss.swap_after": 3}, r"loss\.swap_after: needs loss\.heatmap 'softmax', got 'l2'"),
+        ({"loss.heatmap": "softmax", "loss.mil": 1e-4}, r"loss\.mil: expected 0 with loss\.heatmap 'softmax'"),
         ({"loss.heatmap": "cross-entropy", "generator.blocks": 0}, r"loss\.heatmap: 'cross-entropy' needs .* got 0"),
         ({"loss.heatmap": "cross-entropy", "generator.mil_scale": 2}, r"loss\.heatmap: .*, got 2 and 2\.0"),
         ({"run.precision": "fp8"}, r"run\.precision: expected one of fp32, bf16, fp16"),

@@ -10,7 +10,17 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from amil_fast.pose.data import SPORTS, CropArchive, DataError, PoseDataset, PoseLoader, load_lspet, load_mpii, pack
+from amil_fast.pose.data import (
+    SPORTS,
+    STRONG,
+    CropArchive,
+    DataError,
+    PoseDataset,
+    PoseLoader,
+    load_lspet,
+    load_mpii,
+    pack,
+)
 from amil_fast.pose.skeletons import Skeleton
 from tests.pose import layouts as make
 
@@ -64,10 +74,11 @@ def test_room_around_boxes(boxed, tmp_path):
     same_truth(other_size, PoseDataset(boxed, 48)[1])
 
 
-def test_deferred_warp(boxed, tmp_path):
+@pytest.mark.parametrize("augmentation", [SPORTS, STRONG], ids=["sports", "strong"])
+def test_deferred_warp(boxed, tmp_path, augmentation):
     pack(boxed, tmp_path / "a.pack", 64, quality=95)
-    by_opencv = CropArchive(tmp_path / "a.pack", augmentation=SPORTS, seed=1)
-    by_torch = CropArchive(tmp_path / "a.pack", augmentation=SPORTS, seed=1, on_device=True)
+    by_opencv = CropArchive(tmp_path / "a.pack", augmentation=augmentation, seed=1)
+    by_torch = CropArchive(tmp_path / "a.pack", augmentation=augmentation, seed=1, on_device=True)
     loaders = [PoseLoader(dataset, 4, workers=0, seed=2) for dataset in (by_opencv, by_torch)]
     for loader in loaders:
         loader.set_epoch(3)

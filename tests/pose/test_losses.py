@@ -10,11 +10,14 @@ from amil_fast.pose import (
     PoseDiscriminator,
     PoseGenerator,
     adversarial_loss,
+    choose_sides,
     discriminator_losses,
     heatmap_loss,
     region_cross_entropy,
     region_loss,
+    softmax_cross_entropy,
 )
+from amil_fast.pose.skeletons import LSP14
 
 
 class Scale(nn.Module):
@@ -93,6 +96,59 @@ def test_region_cross_entropy_is_minimal_at_the_target_and_always_finite():
         loss = region_cross_entropy(scores, target, valid)
         loss.backward()
         assert loss.isfinite() and loss > 0 and scores.grad.isfinite().all()
+
+
+def test_softmax_cross_entropy_by_hand():
+    q, t = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([0.5, 0.5, 0.0]).double()
+    scores = (q.log() + 7).float().view(1, 1, 1, 1, 3).repeat(2, 1, 2, 1, 1)  # a constant has no effect
+    target = (0.6 * t).float().view(1, 1, 1, 3).repeat(1, 2, 1, 1)  # nor has the sum of the target
+    scores[:, :, 1], target[:, 1] = torch.nan, torch.nan  # not annotated
+    scores.requires_grad_()
+    valid = torch.tensor([[True, False]])
+    loss = softmax_cross_entropy(scores, target, valid)
+    divergence = 0.5 * torch.log(0.5 / q[0]) + 0.5 * torch.log(0.5 / q[1])
+    torch.testing.assert_close(loss.double(), 2 * divergence)  # two blocks
+    torch.testing.assert_close(softmax_cross_entropy(scores, target, valid, count=4), loss / 4)
+    assert softmax_cross_entropy(scores, target, torch.zeros_like(valid)) == 0
+    loss.backward()
+    torch.testing.assert_close(scores.grad[1, 0, 0, 0].double(), q - t)
+    assert scores.grad[:, :, 1].eq(0).all()
+    with pytest.raises(ValueError, match=r"scores, target, valid: expected \(L, B, K, h, w\)"):
+        softmax_cross_entropy(scores, target, valid[:, :1])
+
+
+@pytest.mark.parametrize("z", [-1e30, 1e30])
+def test_softmax_cross_entropy_is_always_finite(z):
+    target, valid = maps(), torch.ones(2, 3, dtype=torch.bool)
+    target[0, 0] = 0
+    scores = torch.zeros_like(target)
+    scores[..., 0, 0] = z
+    scores.requires_grad_()
+    loss = softmax_cross_entropy(scores, target, valid)
+    loss.backward()
+    assert loss.isfinite() and scores.grad.isfinite().all()
+
+
+def test_choose_sides():
+    """Labels are exchanged where the scores contradict them by more than the margin, with the flags of the joints."""
+    flip_index = LSP14.flip_index
+    K = len(flip_index)
+    target = torch.zeros(3, K, 4, 4).flatten(2)
+    target[:, torch.arange(K), torch.arange(K)] = 1
+    target = target.view(3, K, 4, 4)
+    valid = torch.ones(3, K, dtype=torch.bool)
+    valid[:, 0] = False  # right ankle: its counterpart keeps its annotation
+    scores = 9 * target.clone()
+    scores[1] = scores[1, list(flip_index)]  # the second person is predicted with sides exchanged
+    scores[2] = 0  # undecided
+    labels, flags, exchanged = choose_sides(scores[None], target, valid, flip_index)
+    assert exchanged.tolist() == [False, True, False]
+    assert labels[1].equal(target[1, list(flip_index)]) and labels[[0, 2]].equal(target[[0, 2]])
+    assert flags[1].equal(valid[1, list(flip_index)]) and flags[[0, 2]].equal(valid[[0, 2]])
+    assert softmax_cross_entropy(scores[:2], labels[:2], flags[:2]) < 0.01
+    loss = float(softmax_cross_entropy(scores[1:2], target[1:2], valid[1:2]))
+    assert not choose_sides(scores, target, valid, flip_index, margin=loss)[2].any()
+    assert choose_sides(scores, target, valid, flip_index, margin=loss - 0.1)[2].tolist() == exchanged.tolist()
 
 
 def test_region_loss_is_the_noisy_or_loss_of_the_regions():

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from amil_fast import PoseDiscriminator, PoseGenerator, adjust_pool
 from amil_fast.nn import POOLINGS
 from amil_fast.pose import PoseOutput, Skeleton, error_map
+from amil_fast.pose.codec import encode_targets
 from amil_fast.pose.models.backbones import Hourglass, make_backbone
-from amil_fast.pose.models.regions import RegionBlock, as_maps, probability, regions
+from amil_fast.pose.models.regions import RegionBlock, as_maps, probability, regions, softmax_heatmaps
 from amil_fast.pose.skeletons import COCO17, LSP14, MPII16, get_skeleton
 
 SMALL = {"input_size": 64, "features": 16}
@@ -102,13 +103,67 @@ def test_regions_and_maps_are_inverse_views():
     assert as_maps(flat, 4, 5).equal(x)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet18s", "resnet34", "resnet50", "hourglass1", "hourglass2"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet18",
+        "resnet18s",
+        "resnet34",
+        "resnet50",
+        "hourglass1",
+        "hourglass2",
+        "patchresnet8x2",
+        "patchresnet8x1-1-2-1",
+    ],
+)
 def test_backbones_give_a_quarter_of_the_resolution(backbone):
     net = make_backbone(backbone, 16).eval()
     with torch.no_grad():
         assert net(torch.randn(1, 3, 64, 128)).shape == (1, 16, 16, 32)
     with pytest.raises(ValueError, match=r"images: expected shape \(B, 3, H, W\) with H and W multiples of"):
         net(torch.randn(1, 3, 72, 64))
+
+
+def test_patch_resnet():
+    """Widths, depths and strides of the stages; the features see the whole crop."""
+    net = make_backbone("patchresnet8x1-2-3-1", 16).eval()
+    stages = [net.layer1, net.layer2, net.layer3, net.layer4]
+    assert [len(stage) for stage in stages] == [1, 2, 3, 1]
+    assert [stage[-1].conv2.out_channels for stage in stages] == [8, 16, 32, 64]
+    assert [stage[0].conv1.stride[0] for stage in stages] == [1, 2, 2, 2]
+    assert net.stem.weight.shape == (8, 3, 4, 4) and net.stem.stride == (4, 4)
+    assert len(make_backbone("patchresnet8x2", 16).layer4) == 2
+    x = torch.randn(1, 3, 64, 64)
+    other = x.clone()
+    other[..., :4, :4] += 1
+    with torch.no_grad():
+        assert (net(x) - net(other))[..., -1, -1].abs().amax() > 1e-6
+    for shape in ("0x2", "32", "32x2-2", "32x2-2-0-2", "32x2-2-2-2-2"):
+        name = f"patchresnet{shape}"
+        with pytest.raises(ValueError, match=f"backbone: expected one of .* 'patchresnet32x2', .*, got '{name}'"):
+            make_backbone(name, 16)
+
+
+def test_softmax_heatmaps(tmp_path):
+    """Heatmaps have the scale of the training target: a Gaussian with a maximum of 1."""
+    target = encode_targets(torch.tensor([[[29.5, 25.5]]]), 64, heatmap_std=1.5, visible=torch.ones(1, 1))
+    torch.testing.assert_close(softmax_heatmaps(target.log() + 3, 1.5), target, atol=0.002, rtol=0)
+    half = softmax_heatmaps((0.5 * target + 0.5 * target.roll(7, -1)).log().bfloat16(), 1.5)  # two candidates
+    assert half.dtype == torch.float32 and half.amax() == pytest.approx(0.5, abs=0.01)
+
+    for blocks in (0, 2):
+        torch.manual_seed(0)
+        net = randomize(PoseGenerator(**SMALL, blocks=blocks, softmax_std=1.5)).eval()
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            heatmaps, output = net(images), net(images, all_blocks=True)
+        assert output.scores.shape == output.heatmaps.shape == (max(blocks, 1), 2, 14, 16, 16)
+        torch.testing.assert_close(heatmaps, output.heatmaps[-1])
+        torch.testing.assert_close(output.heatmaps, softmax_heatmaps(output.scores, 1.5))
+        net.save_pretrained(tmp_path)
+        loaded = PoseGenerator.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert loaded.softmax_std == 1.5 and loaded(images).equal(heatmaps)
 
 
 # Number of parameters of torchvision's models without their classifier, from its documentation less 1000 (C + 1).
@@ -354,6 +409,7 @@ def test_load_with_a_damaged_skeleton_definition(build, tmp_path):
         ({"depth": 0}, "depth: expected an int of at least 1, got 0"),
         ({"features": 1.5}, "features: expected an int of at least 1, got 1.5"),
         ({"mil_scale": 0}, "mil_scale: expected a positive number, got 0"),
+        ({"softmax_std": -1}, "softmax_std: expected at least 0, got -1"),
     ],
 )
 def test_bad_arguments(options, message):

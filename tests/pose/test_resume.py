@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -55,6 +56,20 @@ def test_resumed_run_is_bit_identical(tmp_path, settings):
             assert row[name] == pytest.approx(other[name], rel=1e-9), name
     best = [load_file(tmp_path / name / "best" / "model.safetensors") for name in ("straight", "parts")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+def test_longer_run_continues_from_the_state_before_the_decay(tmp_path):
+    """Resumed from ``stable/``, a run of three epochs becomes bit-identical to one planned with four."""
+    settings = {"schedule__kind": "wsd", "schedule__decay": 0.5, "schedule__warmup": 0.0, "discriminator": None}
+    training(tmp_path / "short", schedule__epochs=3, **settings).run()
+    _, facts = training_state.load_state(tmp_path / "short" / "stable")
+    assert facts["step"] == 5  # of 9
+    training(tmp_path / "straight", schedule__epochs=4, **settings).run()
+    shutil.copytree(tmp_path / "short" / "stable", tmp_path / "longer" / "last")
+    training(tmp_path / "longer", resume=True, schedule__epochs=4, **settings).run()
+    one, two = (training_state.load_state(tmp_path / name / "last") for name in ("straight", "longer"))
+    assert one[1]["step"] == two[1]["step"] == 12
+    assert all(torch.equal(one[0][name], two[0][name]) for name in one[0])
 
 
 def test_resume_without_a_checkpoint_starts_a_run(tmp_path):

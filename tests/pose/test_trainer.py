@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from amil_fast import decode_heatmaps
-from amil_fast.pose import heatmap_loss, region_cross_entropy
+from amil_fast.pose import heatmap_loss, region_cross_entropy, softmax_cross_entropy
 from amil_fast.pose.codec import heatmap_to_image
 from amil_fast.pose.data import SPORTS, SyntheticFigures, load_lspet, pack
 from amil_fast.pose.inference.predictor import load_model
+from amil_fast.pose.skeletons import LSP14
 from amil_fast.pose.training import PoseTraining, preset, train
 from amil_fast.pose.training.training_data import training_data
 from amil_fast.utils import training_state
@@ -124,7 +125,11 @@ def test_complete_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("loss", "function", "nothing", "learned"),
-    [("l2", heatmap_loss, 0.0, 0.85), ("cross-entropy", region_cross_entropy, -3.9, 0.7)],
+    [
+        ("l2", heatmap_loss, 0.0, 0.85),
+        ("cross-entropy", region_cross_entropy, -3.9, 0.7),
+        ("softmax", softmax_cross_entropy, 0.0, 0.75),
+    ],
 )
 def test_loss_decreases(tmp_path, loss, function, nothing, learned):
     """Overfitting two figures: the loss starts at that of (nearly) empty heatmaps and ends far below it."""
@@ -147,6 +152,41 @@ def test_loss_decreases(tmp_path, loss, function, nothing, learned):
     run.run()
     losses = [row["heatmap"] for row in history(tmp_path)]
     assert losses[0] > 0.8 * empty and losses[-1] < learned * empty
+
+
+@pytest.mark.parametrize(("swap_after", "exchanged"), [(None, False), (1.5, True)])
+def test_sides_are_exchanged_after_some_epochs(tmp_path, swap_after, exchanged, monkeypatch):
+    """The loss is that of the labels that choose_sides returns, from the given epoch on."""
+    calls = []
+
+    def choose(scores, target, valid, flip_index, margin):
+        calls.append((run.progress.step, margin))
+        return target, torch.zeros_like(valid), None
+
+    monkeypatch.setattr("amil_fast.pose.training.step.choose_sides", choose)
+    settings = {"loss__heatmap": "softmax", "loss__mil": 0, "loss__swap_after": swap_after, "loss__swap_margin": 0.25}
+    run = training(tmp_path, discriminator=None, schedule__epochs=2, data__synthetic_validation=0, **settings)
+    losses = []
+    run.on_step = lambda run, parts, terms: losses.append(float(terms[0]))
+    run.run()
+    # Three steps per epoch: the fifth step begins after 4/3 epochs, the sixth after 5/3.
+    assert calls == ([(5, 0.25)] if exchanged else [])
+    assert all(loss > 0 for loss in losses[:5]) and (losses[5] == 0) == exchanged
+
+
+def test_validation_with_either_pair(tmp_path):
+    """More people have one of the two pairs annotated than the first."""
+    measured = []
+    for either in (False, True):
+        run = training(tmp_path / str(either), discriminator=None, schedule__epochs=1, run__either=either)
+        batches = list(run.validation_loader)
+        for batch in batches:
+            batch["visibility"][batch["index"] < 2, LSP14.joints.index("left hip")] = 0
+        run.validation_loader.close()
+        run._validation.loader = batches
+        run.run()
+        measured.append(history(tmp_path / str(either))[0]["samples"])
+    assert measured == [4, 6]
 
 
 def test_moving_average(tmp_path):

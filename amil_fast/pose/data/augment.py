@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from amil_fast.pose.codec import resampling
 
+# Color of cutouts, R, G, B in [0, 1]: ImageNet's mean, 0 after the normalization.
+_CUTOUT_COLOR = np.array([0.485, 0.456, 0.406], np.float32)
 # Weights of R, G, B in the luminance (Rec. 601), the fixed point of the saturation change.
 _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
@@ -31,6 +33,8 @@ class Augmentation:
         brightness: maximum change in fractions of the full range.
         contrast, saturation: maximum relative change.
         tint: maximum relative change of each of R, G, B.
+        cutouts: maximum number of rectangles replaced by a uniform color; each appears with probability 1/2.
+        cutout_size: minimum and maximum of their width and height in fractions of the crop's side.
     """
 
     flip: float = 0.5
@@ -42,6 +46,8 @@ class Augmentation:
     contrast: float = 0.25
     saturation: float = 0.35
     tint: float = 0.06
+    cutouts: int = 0
+    cutout_size: tuple[float, float] = (0.1, 0.35)
 
     def __post_init__(self):
         low, high = self.scale
@@ -76,10 +82,35 @@ class Augmentation:
             tint=1 + color[3:] * self.tint,
         )
 
+    def draw_cutouts(self, seed: int, epoch: int, index: int) -> NDArray[np.float32]:
+        """Draws the rectangles to cut out of one crop.
+
+        Returns:
+            ``(cutouts, 4)`` float32, (left, top, right, bottom) in fractions of the crop's side; 0 if not used.
+        """
+        # A generator of its own: parameters of :meth:`draw` do not depend on the cutouts.
+        rng = np.random.default_rng((seed, epoch, index, 1))
+        used = rng.random((self.cutouts, 1)) < 0.5
+        extent = rng.uniform(*self.cutout_size, (self.cutouts, 2))
+        low = rng.random((self.cutouts, 2)) - extent / 2
+        return (used * np.concatenate([low, low + extent], 1)).astype(np.float32)
+
 
 # For LSP and LSPET (gymnastics, parkour), where people appear at any angle. The lower scale covers whole images of
 # LSPET, where people are about 0.6 times as large as in crops around their joints.
 SPORTS = Augmentation(any_rotation=0.3, scale=(0.6, 1.3))
+# For trainings of hundreds of epochs on few people.
+STRONG = Augmentation(
+    rotation=45.0,
+    any_rotation=0.4,
+    scale=(0.6, 1.4),
+    shift=0.08,
+    brightness=0.2,
+    contrast=0.4,
+    saturation=0.7,
+    tint=0.12,
+    cutouts=2,
+)
 
 
 def color_matrix(
@@ -129,6 +160,31 @@ def warp_crop(
         # The color matrix is in RGB order, the crop in BGR.
         crop = cv2.transform(crop, color[::-1, [2, 1, 0, 3]] * np.array([1, 1, 1, 255], np.float32))
     return np.ascontiguousarray(crop[:, :, ::-1].transpose(2, 0, 1))
+
+
+def cut_out(crop: NDArray[np.uint8], cutouts: NDArray[np.float32]) -> None:
+    """Fills the rectangles of :meth:`Augmentation.draw_cutouts` in a crop ``(3, size, size)`` uint8 RGB, in place."""
+    color = np.round(255 * _CUTOUT_COLOR).astype(np.uint8)[:, None, None]
+    # Pixels whose centers are in the rectangle; the centers are at i + 1/2 of the crop's edges.
+    limits = np.clip(np.ceil(cutouts * crop.shape[-1] - 0.5), 0, None).astype(int)
+    for left, top, right, bottom in limits:
+        crop[:, top:bottom, left:right] = color
+
+
+def cut_out_batch(crops: torch.Tensor, cutouts: torch.Tensor) -> torch.Tensor:
+    """:func:`cut_out` for a batch.
+
+    Args:
+        crops: ``(B, 3, size, size)`` floating point RGB in [0, 1].
+        cutouts: ``(B, n, 4)`` on the same device.
+
+    Returns:
+        The crops with the rectangles filled.
+    """
+    centers = (torch.arange(crops.shape[-1], device=crops.device) + 0.5) / crops.shape[-1]
+    inside = (cutouts[..., :2, None] <= centers) & (centers < cutouts[..., 2:, None])  # (B, n, 2, size): x, y
+    filled = (inside[:, :, 1, :, None] & inside[:, :, 0, None, :]).any(1)[:, None]
+    return torch.where(filled, torch.from_numpy(_CUTOUT_COLOR).to(crops).view(3, 1, 1), crops)
 
 
 def warp_batch(

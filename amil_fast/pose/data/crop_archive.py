@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from amil_fast.pose.codec import compose, crop_matrix
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.augment import Augmentation, color_matrix, warp_batch, warp_crop
+from amil_fast.pose.data.augment import Augmentation, color_matrix, cut_out_batch, warp_batch, warp_crop
 from amil_fast.pose.data.dataset import PoseDataset
 from amil_fast.pose.data.files import decode_image
 from amil_fast.pose.data.loader import cores
@@ -147,7 +147,8 @@ class CropArchive(PoseDataset):
         indices: subset of the people: indices, or a bool mask as from
             :meth:`~amil_fast.pose.data.Annotations.fold_mask`.
         on_device: defer the warp to :meth:`augment` on the training device. Samples then contain the stored crop as
-            ``image (3, P, P)``, and ``warp (2, 3)`` and ``color (3, 4)``; joints already refer to the warped crop.
+            ``image (3, P, P)``, and ``warp (2, 3)``, ``color (3, 4)`` and ``cutouts (n, 4)``; joints already refer to
+            the warped crop.
 
     Attributes:
         settings: ``size``, ``stored`` (P), ``quality``, ``source``, ``sha256`` and ``left_out`` of the archive.
@@ -225,10 +226,12 @@ class CropArchive(PoseDataset):
         geometry, color = self._draw(epoch, index)
         warp, matrix = self._matrices_of(index, geometry)
         crop = np.ascontiguousarray(self.stored(index).transpose(2, 0, 1)[::-1])
+        cutouts = (self.augmentation or Augmentation()).draw_cutouts(self.seed, epoch, index)
         return {
             "image": torch.from_numpy(crop),
             "warp": torch.from_numpy(warp.astype(np.float32)),
             "color": torch.from_numpy(color_matrix() if color is None else color),
+            "cutouts": torch.from_numpy(cutouts),
             **self._ground_truth(index, matrix, geometry.get("flip", False)),
         }
 
@@ -242,10 +245,11 @@ class CropArchive(PoseDataset):
             device: target device; None keeps each tensor's.
 
         Returns:
-            The batch with ``image (B, 3, size, size)`` float32 in [0, 1], without ``warp`` and ``color``.
+            The batch with ``image (B, 3, size, size)`` float32 in [0, 1], without ``warp``, ``color`` and ``cutouts``.
         """
         batch = {name: value.to(device or value.device, non_blocking=True) for name, value in batch.items()}
-        batch["image"] = warp_batch(batch["image"], batch.pop("warp"), self.size, batch.pop("color"))
+        crops = warp_batch(batch["image"], batch.pop("warp"), self.size, batch.pop("color"))
+        batch["image"] = cut_out_batch(crops, batch.pop("cutouts"))
         return batch
 
     def _crop(self, index, geometry, color):

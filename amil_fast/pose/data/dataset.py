@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from amil_fast.pose.codec import compose, crop_matrix, invert, resampling, transform
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.augment import Augmentation, warp_crop
+from amil_fast.pose.data.augment import Augmentation, cut_out, warp_crop
 from amil_fast.pose.data.files import read_image, safe_path
 from amil_fast.pose.skeletons import Skeleton
 
@@ -63,6 +63,8 @@ class PoseDataset(torch.utils.data.Dataset):
         index = self._index(index)
         geometry, color = self._draw(epoch, index)
         image, matrix = self._crop(index, geometry, color)
+        if self.augmentation is not None:
+            cut_out(image, self.augmentation.draw_cutouts(self.seed, epoch, index))
         return {"image": torch.from_numpy(image), **self._ground_truth(index, matrix, geometry.get("flip", False))}
 
     def _ground_truth(self, index, matrix, flip):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from amil_fast.pose.codec import crop_matrix
-from amil_fast.pose.data.augment import Augmentation, warp_crop
+from amil_fast.pose.data.augment import Augmentation, cut_out, warp_crop
 from amil_fast.pose.data.dataset import ground_truth
 from amil_fast.pose.skeletons import Skeleton, get_skeleton
 
@@ -84,7 +84,10 @@ class SyntheticFigures(torch.utils.data.Dataset):
             head_size=head_size,
             index=index,
         )
-        return {"image": torch.from_numpy(warp_crop(image, matrix, self.size, color)), **truth}
+        crop = warp_crop(image, matrix, self.size, color)
+        if self.augmentation is not None:
+            cut_out(crop, self.augmentation.draw_cutouts(self.seed, epoch, index))
+        return {"image": torch.from_numpy(crop), **truth}
 
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Renders a figure.

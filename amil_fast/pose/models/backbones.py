@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,23 +13,66 @@ def make_backbone(name: str, features: int) -> nn.Module:
     """Creates a backbone.
 
     Args:
-        name: ``"resnet18"``, ``"resnet18s"``, ``"resnet34"``, ``"resnet50"`` (:class:`ResNetBackbone`), or
-            ``"hourglassS"`` with S stacks (:class:`HourglassBackbone`).
+        name: ``"resnet18"``, ``"resnet18s"``, ``"resnet34"``, ``"resnet50"`` (:class:`ResNetBackbone`),
+            ``"patchresnetWxD"``, such as ``"patchresnet32x2"`` or ``"patchresnet32x2-2-6-3"``, with W channels in the
+            first stage and D blocks per stage (:class:`PatchResNetBackbone`), or ``"hourglassS"`` with S stacks
+            (:class:`HourglassBackbone`).
         features: output channels.
     """
     if name in _RESNETS:
         return ResNetBackbone(name, features)
     if match := re.fullmatch(r"hourglass([1-9]\d?)", str(name)):
         return HourglassBackbone(int(match[1]), features)
-    raise ValueError(f"backbone: expected one of {', '.join(map(repr, _RESNETS))}, 'hourglass1', ..., got {name!r}")
+    if match := re.fullmatch(r"patchresnet([1-9]\d{0,3})x([1-9]\d?(?:(?:-[1-9]\d?){3})?)", str(name)):
+        depths = [int(depth) for depth in match[2].split("-")]
+        return PatchResNetBackbone(int(match[1]), depths * 4 if len(depths) == 1 else depths, features)
+    raise ValueError(
+        f"backbone: expected one of {', '.join(map(repr, _RESNETS))}, 'hourglass1', ..., 'patchresnet32x2', "
+        f"'patchresnet32x2-2-6-3', ..., got {name!r}"
+    )
 
 
-class ResNetBackbone(nn.Module):
+class _Pyramid(nn.Module):
+    """Four stages, ``layer1`` to ``layer4``, and the top-down path of a feature pyramid network.
+
+    The stages are merged from coarse to fine: the coarser map is upsampled by 2 (nearest), added to the stage's 1 × 1
+    projection and smoothed by a 3 × 3 convolution.
+    """
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def _build(self, block, width, depths, channels_of, features):
+        """Creates all layers after the stem, which the subclass creates before: optimizer states are in this order."""
+        widths = []
+        for stage, (depth, channels) in enumerate(zip(depths, channels_of, strict=True)):
+            blocks = []
+            for number in range(depth):
+                blocks.append(block(width, channels, stride=2 if stage and not number else 1))
+                width = channels * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            widths.append(width)
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, features, 1) for channels in widths)
+        self.smooth = nn.ModuleList(_conv_norm_relu(features, features) for _ in widths[:-1])
+
+    def _merge(self, x):
+        """Feature map at the resolution of ``x``, the output of the stem."""
+        stages = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            stages.append(x)
+        y = self.lateral[-1](stages[-1])
+        for level in (2, 1, 0):
+            y = self.smooth[level](_upsample(y) + self.lateral[level](stages[level]))
+        return y
+
+
+class ResNetBackbone(_Pyramid):
     """ResNet with the top-down path of a feature pyramid network.
 
-    The four stages are merged from coarse to fine: the coarser map is upsampled by 2 (nearest), added to the stage's
-    1 × 1 projection and smoothed by a 3 × 3 convolution. Parameters of the ResNet have torchvision's names, see
-    :meth:`load_resnet`.
+    Parameters of the ResNet have torchvision's names, see :meth:`load_resnet`.
 
     Args:
         name: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, or ``"resnet18s"``: a ResNet-18 whose last stage has 256
@@ -39,40 +83,18 @@ class ResNetBackbone(nn.Module):
     Sources: He et al., CVPR 2016; Lin et al., FPN, CVPR 2017; Xiao et al., Simple Baselines, ECCV 2018.
     """
 
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
-
     def __init__(self, name: str, features: int):
-        super().__init__()
         block, depths, channels_of = _RESNETS[name]
+        super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        width, widths = 64, []
-        for stage, (depth, channels) in enumerate(zip(depths, channels_of, strict=True)):
-            blocks = []
-            for number in range(depth):
-                blocks.append(block(width, channels, stride=2 if stage and not number else 1))
-                width = channels * block.expansion
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-            widths.append(width)
-        self.lateral = nn.ModuleList(nn.Conv2d(channels, features, 1) for channels in widths)
-        self.smooth = nn.ModuleList(_conv_norm_relu(features, features) for _ in widths[:-1])
+        self._build(block, 64, depths, channels_of, features)
         _initialize(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """``(B, 3, H, W)`` -> ``(B, features, H/4, W/4)``; H and W are multiples of 32."""
         _check_multiple(images, 32)
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
-        stages = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            stages.append(x)
-        y = self.lateral[-1](stages[-1])
-        for level in (2, 1, 0):
-            y = self.smooth[level](_upsample(y) + self.lateral[level](stages[level]))
-        return y
+        return self._merge(F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1))
 
     def load_resnet(self, path: str | os.PathLike) -> None:
         """Loads ImageNet weights of the same ResNet.
@@ -143,6 +165,34 @@ _RESNETS: dict[str, tuple[type[_BasicBlock] | type[_Bottleneck], tuple[int, ...]
     "resnet34": (_BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512)),
     "resnet50": (_Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
 }
+
+
+class PatchResNetBackbone(_Pyramid):
+    """Residual network with a patchify stem and the top-down path of a feature pyramid network.
+
+    The stem is one convolution of 4 × 4 with stride 4. A ResNet's stem computes its 64 channels at half the resolution
+    of the crop, where the activations of a narrow network would be largest. Each stage has basic blocks and doubles the
+    channels.
+
+    Args:
+        width: channels of the first stage.
+        depths: number of blocks of the four stages.
+        features: output channels.
+
+    Sources: He et al., CVPR 2016; Lin et al., FPN, CVPR 2017; Liu et al., ConvNeXt (patchify stem), CVPR 2022.
+    """
+
+    def __init__(self, width: int, depths: Sequence[int], features: int):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, stride=4, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self._build(_BasicBlock, width, depths, [width << stage for stage in range(4)], features)
+        _initialize(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``(B, 3, H, W)`` -> ``(B, features, H/4, W/4)``; H and W are multiples of 32."""
+        _check_multiple(images, 32)
+        return self._merge(F.relu(self.norm(self.stem(images))))
 
 
 class HourglassBackbone(nn.Module):

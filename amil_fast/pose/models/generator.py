@@ -9,7 +9,7 @@ from torch import nn
 
 from amil_fast.pose.codec import STRIDE
 from amil_fast.pose.models.backbones import make_backbone
-from amil_fast.pose.models.regions import RegionStack, check_sizes, probability
+from amil_fast.pose.models.regions import RegionStack, check_sizes, probability, softmax_heatmaps
 from amil_fast.pose.skeletons import Skeleton, get_skeleton
 from amil_fast.utils import pretrained
 
@@ -21,8 +21,8 @@ class PoseOutput(NamedTuple):
 
     Attributes:
         heatmaps: ``(L, B, K, h, w)`` float32, one set per block; L = 1 with ``blocks=0``.
-        scores: ``(L, B, K, h, w)``, the region scores z behind the heatmaps, for :func:`amil_fast.pose.region_loss`;
-            None with ``blocks=0``.
+        scores: ``(L, B, K, h, w)``, the region scores z behind the heatmaps, for the losses that need them; None if the
+            heatmaps are a convolution of the feature map (``blocks=0`` without ``softmax_std``).
     """
 
     heatmaps: torch.Tensor
@@ -36,22 +36,27 @@ class PoseGenerator(nn.Module):
     instances are the pixels of the feature map (:class:`~amil_fast.pose.models.regions.RegionBlock`):
     :math:`X_1 = G_1(Y)`, :math:`X_n = G_n(Y, X_{n-1})`; every block also receives the bag vector of the previous one. A
     heatmap value is the probability that the region contains the joint, :math:`1 - e^{-\lambda h}` (Eq. 12), with
-    :math:`h = \log(1 + e^z) \ge 0` from the region's score z.
+    :math:`h = \log(1 + e^z) \ge 0` from the region's score z. With ``softmax_std``, exactly one region contains the
+    joint: the heatmap is the softmax of z over all regions, scaled so that the training target has a maximum of 1
+    (:func:`~amil_fast.pose.models.regions.softmax_heatmaps`).
 
     Args:
         skeleton: joints to predict: a name in :data:`amil_fast.pose.SKELETONS`, a :class:`~amil_fast.pose.Skeleton`, or
             the mapping that :meth:`~amil_fast.pose.Skeleton.to_config` returns.
         input_size: side in pixels of the square crops the network is trained for; other sizes are accepted.
-        backbone: ``"resnet18"``, ``"resnet18s"`` (last stage half as wide), ``"resnet34"``, ``"resnet50"``, or
-            ``"hourglassS"`` with S stacks.
+        backbone: ``"resnet18"``, ``"resnet18s"`` (last stage half as wide), ``"resnet34"``, ``"resnet50"``,
+            ``"patchresnetWxD"`` (width W, D blocks per stage, patchify stem), or ``"hourglassS"`` with S stacks.
         features: channels of feature maps, regions and bag vectors.
-        blocks: N. With 0 the heatmaps are a 1 × 1 convolution of Y, not limited to [0, 1].
+        blocks: N. With 0 the heatmaps are a 1 × 1 convolution of Y, not limited to [0, 1]; with ``softmax_std`` the
+            scores are.
         depth: fully connected levels per block, each followed by the pooling.
         pooling: a name in :data:`amil_fast.nn.POOLINGS` (``"adjust"``, ``"mean"``, ``"max"``, ...), or ``"none"``.
         num_iters: iterations T of adjust pooling.
         residual: accumulate the bag vectors over the levels.
         bag_scale: factor on the pooled vectors; 1 in the publication.
         mil_scale: λ of Eq. 12.
+        softmax_std: standard deviation in heatmap pixels of the targets of
+            :func:`~amil_fast.pose.softmax_cross_entropy`; 0 for heatmaps of independent regions (Eq. 12).
         backend: backend of adjust pooling, see :func:`amil_fast.adjust_pool`.
 
     Attributes:
@@ -79,14 +84,17 @@ class PoseGenerator(nn.Module):
         residual: bool = True,
         bag_scale: float = 1.0,
         mil_scale: float = 1.0,
+        softmax_std: float = 0.0,
         backend: str = "auto",
     ):
         super().__init__()
         check_sizes(input_size=(input_size, 32), features=(features, 1), blocks=(blocks, 0), depth=(depth, 1))
         if not mil_scale > 0:
             raise ValueError(f"mil_scale: expected a positive number, got {mil_scale}")
+        if not softmax_std >= 0:
+            raise ValueError(f"softmax_std: expected at least 0, got {softmax_std}")
         self.skeleton = get_skeleton(skeleton)
-        self.input_size, self.mil_scale = input_size, mil_scale
+        self.input_size, self.mil_scale, self.softmax_std = input_size, mil_scale, softmax_std
         # Without the backend, which belongs to the machine and not to the model.
         self.config = {
             "skeleton": self.skeleton.to_config(),
@@ -100,6 +108,7 @@ class PoseGenerator(nn.Module):
             "residual": residual,
             "bag_scale": bag_scale,
             "mil_scale": mil_scale,
+            "softmax_std": softmax_std,
         }
         K = self.skeleton.num_joints
         self.backbone = make_backbone(backbone, features)
@@ -132,13 +141,21 @@ class PoseGenerator(nn.Module):
         """
         Y = self.backbone(images)
         if self.heatmaps is not None:
-            heatmaps = self.heatmaps(Y).float()
-            return PoseOutput(heatmaps[None], None) if all_blocks else heatmaps
-        scores = self.blocks(Y)
+            maps = self.heatmaps(Y).float()
+            if not self.softmax_std:
+                return PoseOutput(maps[None], None) if all_blocks else maps
+            scores = [maps]
+        else:
+            scores = self.blocks(Y)
         if not all_blocks:
-            return probability(scores[-1], self.mil_scale)
-        scores = torch.stack(scores)
-        return PoseOutput(probability(scores, self.mil_scale), scores)
+            return self._heatmaps(scores[-1])
+        stacked = torch.stack(scores)
+        return PoseOutput(self._heatmaps(stacked), stacked)
+
+    def _heatmaps(self, scores):
+        if self.softmax_std:
+            return softmax_heatmaps(scores, self.softmax_std)
+        return probability(scores, self.mil_scale)
 
     def save_pretrained(
         self,

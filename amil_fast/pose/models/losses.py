@@ -1,6 +1,6 @@
 """Losses of generator and discriminator. Heatmap losses exclude joints that are not annotated."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,6 +59,57 @@ def region_cross_entropy(
     entropy = -torch.xlogy(t, t) - torch.xlogy(1 - t, 1 - t)
     excess = F.binary_cross_entropy_with_logits(z, t.expand_as(z), reduction="none") - entropy
     return _mean_over_joints(_mask(excess, valid), valid, count)
+
+
+def softmax_cross_entropy(
+    scores: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, count: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    r"""Spatial cross-entropy: exactly one region contains the joint.
+
+    The softmax q of the scores over all regions of a map is compared with the target t normalized to a sum of 1, minus
+    the entropy of the target, so that the minimum is 0:
+
+    .. math:: \sum t \log \frac{t}{q}, \quad q = \mathrm{softmax}(z)
+
+    Args:
+        scores: ``(L, B, K, h, w)`` or ``(B, K, h, w)``, :attr:`amil_fast.pose.PoseOutput.scores` z.
+        target: ``(B, K, h, w)``, non-negative.
+        valid: ``(B, K)`` bool, joints included in the loss; maps of joints outside the crop must not be.
+        count: as for :func:`heatmap_loss`.
+
+    Returns:
+        A float32 scalar, in nats per joint, summed over blocks; 0 if no joint is valid.
+    """
+    divergence = _softmax_divergence(scores, target, valid)
+    return divergence.sum() / _count(valid, count)
+
+
+def choose_sides(
+    scores: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, flip_index: Sequence[int], margin: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Exchanges left and right in the labels of whole poses where that agrees better with the scores.
+
+    LSPET's annotators exchanged the sides of many people. The labels of a crop are exchanged if this lowers the
+    :func:`softmax_cross_entropy` of the last block, averaged over the crop's valid joints, by more than ``margin``.
+
+    Args:
+        scores, target, valid: as for :func:`softmax_cross_entropy`.
+        flip_index: index of each joint's counterpart, :attr:`amil_fast.pose.Skeleton.flip_index`.
+        margin: least improvement in nats per joint.
+
+    Returns:
+        ``(target, valid, exchanged)``: the labels to train with, and ``(B,)`` bool.
+    """
+    index = torch.as_tensor(flip_index, device=target.device)
+    last = (scores if scores.dim() == 4 else scores[-1]).detach()
+    other_target, other_valid = target[:, index], valid[:, index]
+    loss, other_loss = (
+        _softmax_divergence(last, t, v).sum(-1) / v.sum(-1).clamp(min=1)
+        for t, v in ((target, valid), (other_target, other_valid))
+    )
+    exchanged = other_loss < loss - margin
+    target = torch.where(exchanged[:, None, None, None], other_target, target)
+    return target, torch.where(exchanged[:, None], other_valid, valid), exchanged
 
 
 def region_loss(scores: torch.Tensor, valid: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -175,9 +226,22 @@ def _check_maps(name, maps, target, valid):
         )
 
 
-def _mean_over_joints(values, valid, count):
+def _softmax_divergence(scores, target, valid):
+    """Kullback-Leibler divergence ``(..., B, K)`` of the softmax from the normalized target, 0 where not valid."""
+    _check_maps("scores", scores, target, valid)
+    log_q = F.log_softmax(_mask(scores.float(), valid).flatten(-2), -1)
+    t = _mask(target.float(), valid).flatten(-2)
+    t = t / t.sum(-1, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny)
+    return torch.xlogy(t, t).sum(-1) - (t * log_q).sum(-1)
+
+
+def _count(valid, count):
     count = valid.sum() if count is None else torch.as_tensor(count, device=valid.device)
-    return values.mean((-1, -2)).sum() / count.clamp(min=1)
+    return count.clamp(min=1)
+
+
+def _mean_over_joints(values, valid, count):
+    return values.mean((-1, -2)).sum() / _count(valid, count)
 
 
 def _mask(maps, valid):

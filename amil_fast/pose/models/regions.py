@@ -1,5 +1,6 @@
 """MI-RNet block over the regions of a feature map, shared by generator and discriminator."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,6 +157,16 @@ def probability(scores: torch.Tensor, scale: float) -> torch.Tensor:
     """``1 − exp(−λ softplus(z))`` (Eq. 12), in float32 (float64 for float64)."""
     wide = scores.double() if scores.dtype == torch.float64 else scores.float()
     return -torch.expm1(-scale * F.softplus(wide)) if scale != 1 else torch.sigmoid(wide)
+
+
+def softmax_heatmaps(scores: torch.Tensor, heatmap_std: float) -> torch.Tensor:
+    """Softmax over all regions of each map, times ``2 π heatmap_std²``, in float32 (float64 for float64).
+
+    A Gaussian with a sum of 1 has its maximum at ``1 / (2 π heatmap_std²)``: with the factor, a map equal to the
+    training target has a maximum of 1, as with other losses.
+    """
+    wide = scores.double() if scores.dtype == torch.float64 else scores.float()
+    return wide.flatten(-2).softmax(-1).view(wide.shape) * (2 * math.pi * heatmap_std**2)
 
 
 def check_sizes(**sizes: tuple[Any, int]) -> None:

@@ -14,9 +14,9 @@ from amil_fast.pose.training.overrides import build, place
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # -> Accelerate's mixed_precision
 OPTIMIZERS = ("adam", "adamw")
-SCHEDULES = ("constant", "cosine", "inverse-time")
-HEATMAP_LOSSES = ("l2", "cross-entropy")
-AUGMENTATIONS = ("none", "default", "sports")
+SCHEDULES = ("constant", "cosine", "inverse-time", "wsd")
+HEATMAP_LOSSES = ("l2", "cross-entropy", "softmax")
+AUGMENTATIONS = ("none", "default", "sports", "strong")
 SYNTHETIC = "synthetic"  # data.dataset: synthetic figures instead of a data set of the registry
 
 
@@ -87,7 +87,8 @@ class DataConfig:
         skip_bad: skip invalid entries and list them instead of raising an error.
         input_size: side of the crops in pixels.
         batch_size: crops per optimization step, over all processes and accumulated parts.
-        augmentation: ``"none"``, ``"default"`` or ``"sports"`` (rotations by any angle).
+        augmentation: ``"none"``, ``"default"``, ``"sports"`` (rotations by any angle) or ``"strong"`` (larger ranges
+            and cutout).
         heatmap_std: standard deviation of the target Gaussians in heatmap pixels.
         workers: loader processes per training process; None: one per core with a GPU, else one per eight cores.
         synthetic, synthetic_validation: number of synthetic figures.
@@ -138,13 +139,20 @@ class LossConfig:
     """Loss of the generator.
 
     Attributes:
-        heatmap: ``"l2"``, the squared error of the heatmaps (the paper's), or ``"cross-entropy"`` of the regions'
-            probabilities, which converges faster and needs a generator with blocks and ``mil_scale=1``.
+        heatmap: ``"l2"``, the squared error of the heatmaps (the paper's); ``"cross-entropy"`` of the regions'
+            probabilities, which converges faster and needs a generator with blocks and ``mil_scale=1``; or
+            ``"softmax"``, the cross-entropy of a softmax over all regions of a map, which converges fastest. The
+            generator's heatmaps are then that softmax.
+        swap_after: number of epochs after which each pose is trained with the better of its labels and these with left
+            and right exchanged (:func:`~amil_fast.pose.choose_sides`); None: always as annotated. Needs ``"softmax"``.
+        swap_margin: least improvement, in nats per joint, for exchanging left and right.
         adversarial: weight of the adversarial term (Chou et al.: 1e-4).
         mil: weight of the MIL loss (Eq. 10-18).
     """
 
     heatmap: str = "l2"
+    swap_after: float | None = None
+    swap_margin: float = 0.5
     adversarial: float = 1e-4
     mil: float = 0.0
 
@@ -170,10 +178,13 @@ class ScheduleConfig:
 
     Attributes:
         epochs: length of the training.
-        kind: ``"constant"``; ``"cosine"``, half a cosine down to ``final``; or ``"inverse-time"``,
+        kind: ``"constant"``; ``"cosine"``, half a cosine down to ``final``; ``"wsd"`` (warmup, stable, decay), constant
+            and then linear down to ``final`` over the last part of the training; or ``"inverse-time"``,
             1 / (1 + base · ⌊epoch / every⌋), Table 2 of the paper.
         warmup: epochs of a linear warmup, for each kind.
-        final: final factor of the cosine.
+        final: final factor of ``"cosine"`` and ``"wsd"``.
+        decay: fraction of the epochs over which ``"wsd"`` decays. The state before the decay is kept in ``stable/``: a
+            longer training can be resumed from it without repeating the constant part.
         base, every: decay and its period in epochs, of ``"inverse-time"``.
     """
 
@@ -181,6 +192,7 @@ class ScheduleConfig:
     kind: str = "cosine"
     warmup: float = 0.0
     final: float = 0.0
+    decay: float = 0.2
     base: float = 0.01
     every: int = 20
 
@@ -193,9 +205,16 @@ class ScheduleConfig:
         elif self.kind == "cosine":
             done = max(0.0, epochs - self.warmup) / max(self.epochs - self.warmup, 1e-9)
             factor = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        elif self.kind == "wsd":
+            left = (self.epochs * epoch_steps - step) / max(self.decay * self.epochs * epoch_steps, 1e-9)
+            factor = self.final + (1 - self.final) * min(max(left, 0.0), 1.0)
         if epochs < self.warmup:
             factor *= (step + 1) / (self.warmup * epoch_steps + 1)
         return factor
+
+    def decay_start(self, epoch_steps: int) -> int | None:
+        """Returns the number of steps before the decay of ``"wsd"``; None for other kinds."""
+        return math.ceil((1 - self.decay) * self.epochs * epoch_steps) if self.kind == "wsd" else None
 
 
 @dataclass(frozen=True)
@@ -216,6 +235,8 @@ class RunConfig:
         log_every: steps between transfers of the losses from the device.
         evaluate_every: epochs between validations.
         flip_test: validate with the flip test (average with the heatmaps of the flipped crop).
+        either: normalize the PCK of the validation by the flipped pair of joints where the pair is not annotated, which
+            measures more people.
         overlays: number of validation crops drawn at each validation.
         tensorboard: write TensorBoard event files.
         checkpoint_minutes: minutes between checkpoints within an epoch; 0 saves at its end only.
@@ -234,6 +255,7 @@ class RunConfig:
     log_every: int = 10
     evaluate_every: int = 5
     flip_test: bool = True
+    either: bool = False
     overlays: int = 8
     tensorboard: bool = True
     checkpoint_minutes: float = 5.0
@@ -281,6 +303,7 @@ class TrainConfig:
             ("optimizer.clip", 0),
             ("loss.adversarial", 0),
             ("loss.mil", 0),
+            ("loss.swap_margin", 0),
             ("schedule.epochs", 1),
             ("schedule.warmup", 0),
             ("schedule.final", 0),
@@ -303,6 +326,15 @@ class TrainConfig:
                 "loss.heatmap: 'cross-entropy' needs heatmaps that are probabilities: generator.blocks of at least 1 "
                 f"and generator.mil_scale 1, got {self.generator.blocks} and {self.generator.mil_scale}"
             )
+        if self.loss.swap_after is not None and self.loss.heatmap != "softmax":
+            raise ValueError(f"loss.swap_after: needs loss.heatmap 'softmax', got {self.loss.heatmap!r}")
+        if self.loss.heatmap == "softmax" and self.loss.mil:
+            raise ValueError(
+                "loss.mil: expected 0 with loss.heatmap 'softmax', whose regions are not independent, got "
+                f"{self.loss.mil}"
+            )
+        if not 0 <= self.schedule.decay <= 1:
+            raise ValueError(f"schedule.decay: expected a fraction, got {self.schedule.decay}")
         if not 0 <= self.run.ema_decay < 1:
             raise ValueError(f"run.ema_decay: expected a number in [0, 1), got {self.run.ema_decay}")
 

@@ -29,7 +29,10 @@ class Networks:
         run, device = config.run, accelerator.device
         self.config, self.accelerator = config, accelerator
         torch.manual_seed(run.seed)
-        generator = PoseGenerator(skeleton, config.data.input_size, **dataclasses.asdict(config.generator))
+        options = dataclasses.asdict(config.generator)
+        if config.loss.heatmap == "softmax":
+            options["softmax_std"] = config.data.heatmap_std
+        generator = PoseGenerator(skeleton, config.data.input_size, **options)
         self.generator: Any = generator  # Any: torch annotates neither Module.to(memory_format=...) nor wrapped models
         self.notes: list[str] = []
         if run.init is not None:

@@ -27,8 +27,12 @@ class RunFolder:
     def __init__(self, out: Path, config: TrainConfig, networks: Networks, accelerator: Accelerator):
         self.out, self.config, self.networks, self.accelerator = out, config, networks, accelerator
 
-    def save(self, progress: TrainingProgress) -> None:
-        """Writes ``last/``; raises NotFinite, and leaves it as it was, if the generator's weights are not finite."""
+    def save(self, progress: TrainingProgress, name: str = "last") -> None:
+        """Writes ``last/``, or the folder ``name``.
+
+        Raises:
+            NotFinite: the generator's weights are not finite; the folder is left as it was.
+        """
         if not all(bool(p.isfinite().all()) for p in self.networks.generator.parameters()):
             raise NotFinite(f"the generator's weights are not finite after step {progress.step}")
         accelerator = self.accelerator
@@ -42,7 +46,7 @@ class RunFolder:
         if accelerator.scaler is not None:
             facts["scaler"] = accelerator.scaler.state_dict()
         notes = {"step": progress.step, "epoch": progress.epoch}
-        self._write("last", notes, lambda folder: training_state.save_state(folder, tensors, facts))
+        self._write(name, notes, lambda folder: training_state.save_state(folder, tensors, facts))
 
     def save_best(self, progress: TrainingProgress) -> None:
         """Writes the generator to ``best/``."""

@@ -9,10 +9,12 @@ from accelerate import Accelerator
 
 from amil_fast.pose import (
     adversarial_loss,
+    choose_sides,
     discriminator_losses,
     heatmap_loss,
     region_cross_entropy,
     region_loss,
+    softmax_cross_entropy,
 )
 from amil_fast.pose.codec import encode_targets
 from amil_fast.pose.training.config import TrainConfig
@@ -68,12 +70,13 @@ class OptimizationStep:
         )
         return images, target, batch["valid"]
 
-    def __call__(self, parts: Sequence[Batch], rate: float) -> torch.Tensor:
+    def __call__(self, parts: Sequence[Batch], rate: float, epoch: float = 0.0) -> torch.Tensor:
         """Makes one step.
 
         Args:
             parts: this process's share of the batch, in ``run.accumulation`` parts.
             rate: factor on the learning rates.
+            epoch: epochs so far, for ``loss.swap_after``.
 
         Returns:
             The means of :attr:`term_names` over parts and processes, on the device.
@@ -96,7 +99,7 @@ class OptimizationStep:
                 if place + 1 < len(prepared):
                     for model in networks.called:
                         gathering.enter_context(accelerator.no_sync(model))
-                terms = terms + self._backward(*part, count, 1 / len(prepared))
+                terms = terms + self._backward(*part, count, 1 / len(prepared), epoch)
         terms = accelerator.reduce(terms, "mean")
         # In fp16, two optimizers share one gradient scaler: Accelerate's optimizer step would update it once per
         # optimizer, and its clipping would unscale twice.
@@ -123,12 +126,17 @@ class OptimizationStep:
             networks.average.update_parameters(networks.generator)
         return terms
 
-    def _backward(self, images, target, valid, count, share):
+    def _backward(self, images, target, valid, count, share, epoch):
         """Accumulates the gradients of both networks, each at its present weights; returns the detached loss terms."""
         weights, networks = self.config.loss, self.networks
         output = networks.call_generator(images, all_blocks=True)
         heatmaps = output.heatmaps[-1]
-        if weights.heatmap == "cross-entropy":
+        if weights.heatmap == "softmax":
+            if weights.swap_after is not None and epoch >= weights.swap_after:
+                flip_index = self.data.skeleton.flip_index
+                target, valid, _ = choose_sides(output.scores, target, valid, flip_index, weights.swap_margin)
+            heatmap = softmax_cross_entropy(output.scores, target, valid, count)
+        elif weights.heatmap == "cross-entropy":
             heatmap = region_cross_entropy(output.scores, target, valid, count)
         else:
             heatmap = self.heatmap_loss(output.heatmaps, target, valid, count)

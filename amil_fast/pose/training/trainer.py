@@ -35,7 +35,8 @@ class PoseTraining:
 
     Args:
         config: the configuration.
-        out: the run's folder: ``last/``, ``best/``, ``history.jsonl``, ``tensorboard/``, ``overlays.jpg``.
+        out: the run's folder: ``last/``, ``best/``, ``stable/`` (schedule ``"wsd"``), ``history.jsonl``,
+            ``tensorboard/``, ``overlays.jpg``.
         console: where to print.
         resume: continue from ``last/`` if it exists; with one process on a CPU the result is bit-identical to that of
             an uninterrupted run.
@@ -87,6 +88,7 @@ class PoseTraining:
             )
         self.part_size = config.data.batch_size // shares
         self.epoch_steps = len(self.data.training) // config.data.batch_size
+        self._steps = config.schedule.epochs * self.epoch_steps
         self.loader, self.validation_loader = self._loaders()
         self.networks = Networks(config, self.data.skeleton.name, self.accelerator)
         self.optimization = OptimizationStep(config, self.networks, self.accelerator, self.data, heatmap_loss)
@@ -102,6 +104,7 @@ class PoseTraining:
                 self.data.skeleton,
                 self.accelerator,
                 flip_test=config.run.flip_test,
+                either=config.run.either,
                 stopped=lambda: bool(self.stop) and self.world == 1,
             )
 
@@ -118,9 +121,8 @@ class PoseTraining:
         config, main, progress = self.config, self.accelerator.is_main_process, self.progress
         if main:
             self.out.mkdir(parents=True, exist_ok=True)
-        steps = config.schedule.epochs * self.epoch_steps
         self.log = RunLog(
-            self.out, self.console, main=main, tensorboard=config.run.tensorboard, steps=steps, done=progress.step
+            self.out, self.console, main=main, tensorboard=config.run.tensorboard, steps=self._steps, done=progress.step
         )
         self._saved = time.monotonic()
         self._meter.start()
@@ -145,7 +147,7 @@ class PoseTraining:
 
     def train_step(self, parts: Sequence[Batch]) -> torch.Tensor:
         """Makes one optimization step and returns its loss terms; see :class:`OptimizationStep`."""
-        terms = self.optimization(parts, self._rate())
+        terms = self.optimization(parts, self._rate(), self.progress.step / self.epoch_steps)
         self.progress.step += 1
         self.progress.epoch_step += 1
         return terms
@@ -174,9 +176,12 @@ class PoseTraining:
         within_epoch = self.progress.epoch_step < self.epoch_steps
         by_steps = run.checkpoint_steps and step % run.checkpoint_steps == 0
         stop = self.world == 1 and self.stop
-        if step % run.log_every and within_epoch and not by_steps and not stop:
+        decays = step == self.config.schedule.decay_start(self.epoch_steps) and step < self._steps
+        if step % run.log_every and within_epoch and not by_steps and not stop and not decays:
             return
         self._read_losses()
+        if decays:
+            self._save("stable")
         self._stop_if_requested()
         by_time = run.checkpoint_minutes and time.monotonic() - self._saved > 60 * run.checkpoint_minutes
         if (by_steps or by_time) and within_epoch:
@@ -258,11 +263,11 @@ class PoseTraining:
         if self.progress.step:
             self.log.message(f"resuming after step {self.progress.step}, in epoch {self.progress.epoch + 1}")
 
-    def _save(self):
+    def _save(self, name="last"):
         if self.on_save is not None:
             self.on_save(self)
         try:
-            self.folder.save(self.progress)
+            self.folder.save(self.progress, name)
         except NotFinite as error:
             raise self._with_advice(error) from None
         self._saved = time.monotonic()

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from amil_fast.pose.data import SPORTS, Augmentation, CropArchive, PoseDataset, SyntheticFigures, load
+from amil_fast.pose.data import SPORTS, STRONG, Augmentation, CropArchive, PoseDataset, SyntheticFigures, load
 from amil_fast.pose.skeletons import Skeleton
 from amil_fast.pose.training.config import SYNTHETIC, TrainConfig
 
-_AUGMENTATIONS = {"none": None, "default": Augmentation(), "sports": SPORTS}
+_AUGMENTATIONS = {"none": None, "default": Augmentation(), "sports": SPORTS, "strong": STRONG}
 
 
 @dataclass

@@ -24,6 +24,7 @@ class Validation:
         skeleton: skeleton of the data.
         accelerator: precision and processes.
         flip_test: average with the heatmaps of the flipped crop.
+        either: normalize PCK by the flipped pair of joints where the pair is not annotated.
         stopped: called after each batch; True ends the validation without a result.
     """
 
@@ -34,10 +35,11 @@ class Validation:
         accelerator: Accelerator,
         *,
         flip_test: bool,
+        either: bool = False,
         stopped: Callable[[], bool],
     ):
         self.loader, self.skeleton, self.accelerator = loader, skeleton, accelerator
-        self.flip_test, self.stopped = flip_test, stopped
+        self.flip_test, self.either, self.stopped = flip_test, either, stopped
 
     def __call__(
         self, model: Any, *, overlays: int = 0, full_precision: bool = False
@@ -72,4 +74,4 @@ class Validation:
         samples = {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
         order = samples["index"].argsort(kind="stable")
         samples = {name: value[order] for name, value in samples.items()}
-        return score(samples["coords"], GroundTruth.of_samples(self.skeleton, samples)), sheet
+        return score(samples["coords"], GroundTruth.of_samples(self.skeleton, samples), either=self.either), sheet
