@@ -1,7 +1,7 @@
 """Backward kernels of adjust pooling: on-chip bags, and bags streamed in chunks. Notation: see adjust_pool_common.py.
 
 With ``g = dL/ds^T``, ``e^t = dL/dsigma^t``, ``J`` the squash's Jacobian, ``s_sum^t = s^1 + ... + s^(t-1)`` and
-``w_i^t = exp(f_i . s_sum^t - lse^t)``:
+``w_i^t = exp(f_i . s_sum^t - maximum^t) * scale^t`` from the saved softmax statistics:
 
     e^T = J(sigma^T)' g
     for t = T ... 2:
@@ -10,6 +10,15 @@ With ``g = dL/ds^T``, ``e^t = dL/dsigma^t``, ``J`` the squash's Jacobian, ``s_su
         h^t      = sum_i beta_i^t f_i                     gradient of s_sum^t, a term of the gradient of every earlier s
         e^(t-1)  = J(sigma^(t-1))' (h^T + ... + h^t)
     dL/df_i = w_i^1 e^1 + sum_(t >= 2) (w_i^t e^t + beta_i^t s_sum^t),   w_i^1 = 1 / m
+
+Where the weights are close to one-hot, ``x_i - sum_j w_j x_j`` nearly vanishes, and h multiplies its rounding error by
+the instances in every iteration; the subtracted mean must therefore be the weighted sum of the same rounded x_j. The
+on-chip kernel computes it so. The chunk kernels, which know it only at the end of a pass, first subtract
+``c = sigma^t . e^t`` and correct the remainder: with ``beta~_i = w_i (x_i - c)`` and ``delta^t = sum_i beta~_i``,
+
+    beta_i^t = beta~_i - w_i delta^t,   h^t = sum_i beta~_i f_i - delta^t sigma^t
+
+    w_i e^t + beta_i s_sum^t = w_i (e^t - delta^t s_sum^t) + beta~_i s_sum^t
 
 The last line needs 2 (T - 1) numbers per instance. The chunk kernels store them, so that the pass that writes the
 gradient does not read the instances again, and expand s_sum: ``sum_t beta_i^t s_sum^t = sum_(t < T) (beta_i^(t+1) + ...
@@ -28,22 +37,24 @@ from amil_fast.kernels.adjust_pool_common import (
     row_mask,
     squash_backward,
     squash_factor,
+    zero_after_last_bag,
 )
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "stride_b", "stride_n"])
 def adjust_pool_backward_on_chip_kernel(
-    grad_bag_ptr, grad_weights_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, lse_ptr,
+    grad_bag_ptr, grad_weights_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, softmax_stats_ptr,
     grad_ptr,
     B, N, T, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BAGS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROUTING: tl.constexpr, READ: tl.constexpr,
+    ROUTING: tl.constexpr, READ: tl.constexpr, ZERO_REST: tl.constexpr,
 ):  # fmt: skip
     """One program computes the gradient of BAGS bags of at most BLOCK_N instances each, held in registers.
 
     Bytes moved: reads the instances once (never without READ, i.e. T = 1) and sigma about T / 2 times (from cache);
     writes their gradient once, 0 where masked. Accumulates in the dtype of sigma, by tree reductions over the tile.
-    ROUTING: differentiate through the weights too. Packed bags longer than BLOCK_N are handled by the chunk kernels.
+    ROUTING: differentiate through the weights too. ZERO_REST: no other kernel writes the rows after the last packed
+    bag, which get 0. Packed bags longer than BLOCK_N are handled by the chunk kernels.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT;
     contiguous gradients; READ if T > 1; no ROUTING if T = 1.
     """
@@ -55,7 +66,7 @@ def adjust_pool_backward_on_chip_kernel(
     mask_s = mask_b[:, None] & (d < D)[None, :]
     vectors = b.to(tl.int64)[:, None] * D + d[None, :]
     sigma_ptrs = sigma_ptr + b.to(tl.int64)[:, None] * T * D + d[None, :]
-    lse_ptrs = lse_ptr + b.to(tl.int64) * T
+    stats_ptrs = softmax_stats_ptr + b.to(tl.int64) * T * 2
 
     g = tl.zeros([BAGS, BLOCK_D], dtype)
     if grad_bag_ptr is not None:
@@ -75,8 +86,9 @@ def adjust_pool_backward_on_chip_kernel(
             t = T - 1 - k
             f = tile.to(dtype)
             s_sum = routing_sum(sigma_ptrs, mask_s, t, D)
-            lse = tl.load(lse_ptrs + t, mask=mask_b, other=0)
-            w = tl.where(valid, tl.exp(tl.sum(f * s_sum[:, None, :], 2) - lse[:, None]), 0)
+            maximum = tl.load(stats_ptrs + 2 * t, mask=mask_b, other=0)
+            scale = tl.load(stats_ptrs + 2 * t + 1, mask=mask_b, other=0)
+            w = tl.where(valid, tl.exp(tl.sum(f * s_sum[:, None, :], 2) - maximum[:, None]) * scale[:, None], 0)
             x = tl.sum(f * e[:, None, :], 2)
             if grad_weights_ptr is not None:
                 x += tl.load(grad_weights_ptr + rows, mask=valid & (k == 0), other=0)
@@ -84,76 +96,76 @@ def adjust_pool_backward_on_chip_kernel(
             grad += w[:, :, None] * e[:, None, :] + beta[:, :, None] * s_sum[:, None, :]
             h += tl.sum(beta[:, :, None] * f, 1)
             e = squash_backward(tl.load(sigma_ptrs + (t - 1) * D, mask=mask_s, other=0), h)
-        w = tl.exp(-tl.load(lse_ptrs, mask=mask_b, other=0))
-        grad += w[:, None, None] * e[:, None, :]
+        scale = tl.load(stats_ptrs + 1, mask=mask_b, other=0)  # the logits of the first iteration are 0
+        grad += scale[:, None, None] * e[:, None, :]
     else:
         logits = tl.zeros([BAGS, BLOCK_N], dtype)
         if READ:
             s_sum = routing_sum(sigma_ptrs, mask_s, T - 1, D)
             logits = tl.sum(tile.to(dtype) * s_sum[:, None, :], 2)
-        w = tl.exp(logits - tl.load(lse_ptrs + T - 1, mask=mask_b, other=0)[:, None])
+        maximum = tl.load(stats_ptrs + 2 * (T - 1), mask=mask_b, other=0)
+        scale = tl.load(stats_ptrs + 2 * T - 1, mask=mask_b, other=0)
+        w = tl.exp(logits - maximum[:, None]) * scale[:, None]
         grad = w[:, :, None] * e[:, None, :]
     grad = tl.where(valid[:, :, None], grad, 0)
     grad_ptrs = grad_ptr + (start * D)[:, None, None] + (n[None, :, None] * D + d[None, None, :])
     tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=stored[:, :, None] & (d < D)[None, None, :])
+    if ZERO_REST:
+        zero_after_last_bag(grad_ptr, cu_seqlens_ptr, B, N, D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
 def route(
-    instances_ptr, mask_ptr, grad_weights_ptr, scalars_ptr, low, high, s_sum, e, lse, shift, last, num_rows, stride_n,
+    instances_ptr, mask_ptr, grad_weights_ptr, scalars_ptr, low, high, s_sum, e, maximum, scale, shift, last,
+    num_rows, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One pass over rows low..high of a bag: ``h (1, BLOCK_D)`` and, if ``last``, ``sum_i w_i v_i (1, 1)``, else 0.
+    """One pass over rows low..high of a bag: ``sum_i beta~_i f_i (1, BLOCK_D)`` and ``delta = sum_i beta~_i (1, 1)``.
 
-    ``shift = sigma . e``. Stores w and beta to ``scalars``, two rows of ``num_rows``. With a gradient v of the weights,
-    the additional shift ``sum_j w_j v_j`` is only known at the end of the pass; it is omitted from beta and h here and
-    subtracted where they are used. Each row of a tile has its own sums, as in the forward pass.
+    ``shift = sigma . e``. Stores w and beta~ to ``scalars``, two rows of ``num_rows``. Each row of a tile has its own
+    sums, as in the forward pass.
     """
     dtype = s_sum.dtype
     d = tl.arange(0, BLOCK_D)
     step = stride_n.to(tl.int64) * UNIT
     h = tl.zeros([BLOCK_N, BLOCK_D], dtype)
-    wv = tl.zeros([BLOCK_N], dtype)
+    delta = tl.zeros([BLOCK_N], dtype)
     for n0 in tl.range(low, high, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
         n = n0 + tl.arange(0, BLOCK_N)
         valid = row_mask(mask_ptr, n, high)
         ptrs = instances_ptr + n0 * step + (tl.arange(0, BLOCK_N)[:, None] * step + d[None, :])
         f = tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0).to(dtype)
-        w = tl.where(valid, tl.exp(tl.sum(f * s_sum, 1) - lse), 0)
+        w = tl.where(valid, tl.exp(tl.sum(f * s_sum, 1) - maximum) * scale, 0)
         x = tl.sum(f * e, 1) - shift
         if grad_weights_ptr is not None:
-            v = tl.load(grad_weights_ptr + n, mask=valid & last, other=0)
-            x += v
-            wv += w * v
+            x += tl.load(grad_weights_ptr + n, mask=valid & last, other=0)
         beta = w * x
+        delta += beta
         h += beta[:, None] * f
         tl.store(scalars_ptr + n, w, mask=n < high)
         tl.store(scalars_ptr + num_rows + n, beta, mask=n < high)
-    return tl.sum(h, 0, keep_dims=True), tl.sum(wv[:, None], 0, keep_dims=True)
+    return tl.sum(h, 0, keep_dims=True), tl.sum(delta[:, None], 0, keep_dims=True)
 
 
 @triton.jit
 def write_gradient(
-    grad_ptr, mask_ptr, scalars_ptr, sigma_ptr, lse_ptr, e_ptr, factors_ptr, low, high, padding, T, num_rows,
-    D: tl.constexpr, HAS_GRAD_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_ptr, mask_ptr, scalars_ptr, sigma_ptr, softmax_stats_ptr, e_ptr, factors_ptr, low, high, padding, T, num_rows,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of rows low..high of a bag, from 2 (T - 1) numbers per row, and zeros to high..padding."""
     dtype = sigma_ptr.dtype.element_ty
     d = tl.arange(0, BLOCK_D)[None, :]
-    lse = tl.load(lse_ptr)
+    scale = tl.load(softmax_stats_ptr + 1)  # the weights of the first iteration, whose logits are 0
     for n0 in tl.range(low, padding, BLOCK_N, disable_licm=True):
         n = n0 + tl.arange(0, BLOCK_N)
         valid = row_mask(mask_ptr, n, high)[:, None]
-        grad = tl.exp(-lse) * tl.load(e_ptr + d, mask=d < D, other=0) + tl.zeros([BLOCK_N, BLOCK_D], dtype)
+        grad = scale * tl.load(e_ptr + d, mask=d < D, other=0) + tl.zeros([BLOCK_N, BLOCK_D], dtype)
         betas = tl.zeros([BLOCK_N, 1], dtype)
         for k in tl.range(T - 1, disable_licm=True):
             t = T - 1 - k
             ptrs = scalars_ptr + (t - 1) * 2 * num_rows + n[:, None]
             w = tl.load(ptrs, mask=valid, other=0)
             betas += tl.load(ptrs + num_rows, mask=valid, other=0)
-            if HAS_GRAD_WEIGHTS:
-                if k == 0:
-                    betas -= w * tl.load(factors_ptr + T - 1)
             grad += w * tl.load(e_ptr + t * D + d, mask=d < D, other=0)
             sigma = tl.load(sigma_ptr + (t - 1) * D + d, mask=d < D, other=0)
             grad += betas * (tl.load(factors_ptr + t - 1) * sigma)
@@ -188,7 +200,7 @@ def last_e(grad_bag_ptr, sigma_ptr, b, T, D: tl.constexpr, BLOCK_D: tl.constexpr
     ]
 )
 def adjust_pool_backward_chunks_kernel(
-    grad_bag_ptr, grad_weights_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, lse_ptr,
+    grad_bag_ptr, grad_weights_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, softmax_stats_ptr,
     scalars_ptr, e_ptr, factors_ptr, stats_ptr, partial_ptr, counters_ptr,
     B, N, T, first_t, num_rows, num_slots, chunk_rows, min_rows, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -202,10 +214,10 @@ def adjust_pool_backward_chunks_kernel(
     workspace.
 
     Bytes moved: reads the instances T - 1 times; writes w and beta of each iteration.
-    Workspace: scalars (T - 1, 2, num_rows): w and beta; e (B, T, D), whose first row holds the running sum of h until
-    e^1 replaces it; factors (B, T): the squash factor of each sigma but the last, whose entry holds sum_i w_i v_i;
-    stats (slots,), partial (slots, D); counters (T, 2, slots) int32, zero-initialized. Accumulates in the dtype of
-    sigma.
+    Workspace: scalars (T - 1, 2, num_rows): w and beta~; e (B, T, D): e^t until the iteration is complete, then e^t -
+    delta^t s_sum^t, except that the first row holds the running sum of h until e^1 replaces it; factors (B, T - 1): the
+    squash factor of each sigma but the last; stats (slots,), partial (slots, D); counters (T, 2, slots) int32,
+    zero-initialized. Accumulates in the dtype of sigma.
     Asserted by the launcher: T >= 2; unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients;
     without SPLIT, no bag has more than one chunk; grad_weights_ptr only with first_t = T - 1.
     """
@@ -232,7 +244,7 @@ def adjust_pool_backward_chunks_kernel(
             row = b.to(tl.int64) * T
             sigmas_ptr = sigma_ptr + row * D
             es_ptr = e_ptr + row * D
-            facts_ptr = factors_ptr + row
+            facts_ptr = factors_ptr + b.to(tl.int64) * (T - 1)
             if first_t == T - 1:
                 e = last_e(grad_bag_ptr, sigma_ptr, b, T, D, BLOCK_D)
                 if index == 0:
@@ -243,26 +255,25 @@ def adjust_pool_backward_chunks_kernel(
                 t = first_t - step
                 s_sum = routing_sum(sigmas_ptr + d, d < D, t, D)
                 sigma = tl.load(sigmas_ptr + t * D + d, mask=d < D, other=0)
-                h_t, wv = route(
+                stats = softmax_stats_ptr + (row + t) * 2
+                h_t, delta = route(
                     bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT),
                     mask_ptr if mask_ptr is None else mask_ptr + start,
                     grad_weights_ptr if grad_weights_ptr is None else grad_weights_ptr + start,
                     scalars_ptr + start + (t - 1) * 2 * num_rows, low, high, s_sum, e,
-                    tl.load(lse_ptr + row + t), tl.sum(sigma * e), t == T - 1, num_rows, stride_n,
+                    tl.load(stats), tl.load(stats + 1), tl.sum(sigma * e), t == T - 1, num_rows, stride_n,
                     D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
                 )  # fmt: skip
                 complete = chunks <= 1
                 if SPLIT:
                     if chunks > 1:
-                        complete, _, wv, h_t = merge_chunks(
+                        complete, _, delta, h_t = merge_chunks(
                             stats_ptr, partial_ptr, counters_ptr + t * 2 * num_slots, slot, first_slot, index, chunks,
-                            num_slots, wv, wv, h_t, D, False, GROUP, BLOCK_N, BLOCK_D,
+                            num_slots, delta, delta, h_t, D, False, GROUP, BLOCK_N, BLOCK_D,
                         )  # fmt: skip
                 if complete:
-                    if grad_weights_ptr is not None:
-                        if t == T - 1:
-                            h_t -= wv * tl.load(sigmas_ptr + t * D + d, mask=d < D, other=0)
-                            tl.store(facts_ptr + t + one, wv)
+                    h_t -= delta * sigma
+                    tl.store(es_ptr + t * D + d, e - delta * s_sum, mask=d < D)
                     if t < T - 1:
                         h_t += tl.load(es_ptr + d, mask=d < D, other=0)  # the running sum
                     tl.debug_barrier()  # all threads have read the running sum, which is replaced now
@@ -277,12 +288,12 @@ def adjust_pool_backward_chunks_kernel(
 
 @triton.jit(do_not_specialize=["B", "N", "T", "num_rows", "num_slots", "chunk_rows", "min_rows"])
 def adjust_pool_backward_write_kernel(
-    grad_weights_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, lse_ptr,
+    mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, softmax_stats_ptr,
     grad_ptr, scalars_ptr, e_ptr, factors_ptr,
     B, N, T, num_rows, num_slots, chunk_rows, min_rows,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OWN_BAGS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes the gradient of one chunk, and zeros to the padding after it.
+    """One program writes the gradient of one chunk, and zeros to the padding and the rows after the last packed bag.
 
     Bytes moved: reads 2 (T - 1) numbers per instance, and sigma and e from cache; writes the gradient once.
     Asserted by the launcher: T >= 2; the workspace was filled by the chunk kernel; the grid is that of its first
@@ -301,20 +312,22 @@ def adjust_pool_backward_write_kernel(
         write_gradient(
             grad_ptr + start * D,
             mask_ptr if mask_ptr is None else mask_ptr + start,
-            scalars_ptr + start, sigma_ptr + row * D, lse_ptr + row, e_ptr + row * D, factors_ptr + row,
-            low, high, padding, T, num_rows, D, grad_weights_ptr is not None, BLOCK_N, BLOCK_D,
+            scalars_ptr + start, sigma_ptr + row * D, softmax_stats_ptr + row * 2, e_ptr + row * D,
+            factors_ptr + b.to(tl.int64) * (T - 1), low, high, padding, T, num_rows, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+    if cu_seqlens_ptr is not None:
+        zero_after_last_bag(grad_ptr, cu_seqlens_ptr, B, N, D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "num_slots", "chunk_rows", "min_rows", "stride_b", "stride_n"])
 def adjust_pool_backward_detached_kernel(
-    grad_bag_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, lse_ptr,
+    grad_bag_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, softmax_stats_ptr,
     grad_ptr,
     B, N, T, num_slots, chunk_rows, min_rows, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     OWN_BAGS: tl.constexpr, READ: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program writes ``dL/df_i = w_i^T e^T`` for one chunk, or for bags without a slot, and zeros to the padding.
+    """One program writes ``dL/df_i = w_i^T e^T`` for one chunk, or for bags without a slot, and zeros to other rows.
 
     Bytes moved: reads the instances once (never without READ, i.e. T = 1); writes their gradient once. Chunks are
     independent, so one launch serves bags of any length.
@@ -336,7 +349,8 @@ def adjust_pool_backward_detached_kernel(
         if padding > low:
             e = last_e(grad_bag_ptr, sigma_ptr, b, T, D, BLOCK_D)
             row = b.to(tl.int64) * T
-            lse = tl.load(lse_ptr + row + T - 1)
+            maximum = tl.load(softmax_stats_ptr + (row + T - 1) * 2)
+            scale = tl.load(softmax_stats_ptr + (row + T - 1) * 2 + 1)
             s_sum = routing_sum(sigma_ptr + row * D + d, d < D, T - 1, D)
             f_ptr = bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT)
             for n0 in tl.range(low, padding, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
@@ -347,6 +361,8 @@ def adjust_pool_backward_detached_kernel(
                     ptrs = f_ptr + n0 * step + (tl.arange(0, BLOCK_N)[:, None] * step + d)
                     f = tl.load(ptrs, mask=valid & (d < D), other=0, eviction_policy="evict_first").to(dtype)
                     logits = tl.sum(f * s_sum, 1, keep_dims=True)
-                grad = tl.where(valid, tl.exp(logits - lse) * e, 0).to(grad_ptr.dtype.element_ty)
+                grad = tl.where(valid, tl.exp(logits - maximum) * scale * e, 0).to(grad_ptr.dtype.element_ty)
                 ptrs = grad_ptr + (start + n0) * D + (tl.arange(0, BLOCK_N)[:, None] * D + d)
                 tl.store(ptrs, grad, mask=(n < padding)[:, None] & (d < D))
+    if cu_seqlens_ptr is not None:
+        zero_after_last_bag(grad_ptr, cu_seqlens_ptr, B, N, D, BLOCK_N, BLOCK_D)

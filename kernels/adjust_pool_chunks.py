@@ -33,8 +33,9 @@ def locate(pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, 
     Each of the first ``num_slots`` programs serves one slot. Padded bags have ``ceil(N / chunk_rows)`` slots each;
     slots past a bag's length are idle. Packed bags have a slot at each row that is a multiple of ``chunk_rows``, and a
     bag is divided evenly among the slots whose row it contains. Thus ``ceil(total / chunk_rows)`` slots serve any mix
-    of lengths, and no chunk exceeds ``2 * chunk_rows`` rows. Packed bags without a slot are shorter than
-    ``chunk_rows``; they are served by the programs after the slots, each of which scans OWN_BAGS bags.
+    of lengths, and no chunk exceeds ``2 * chunk_rows`` rows; slots after the last bag are idle. Packed bags without a
+    slot are shorter than ``chunk_rows``; they are served by the programs after the slots, each of which scans OWN_BAGS
+    bags.
 
     Returns scalars: the first bag and the exclusive end of the range of bags to scan (see :func:`bag_rows`), one bag
     for the program of a slot; the index of the chunk in the bag; the number of chunks of the bag, 0 for idle slots and
@@ -53,9 +54,10 @@ def locate(pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, 
             start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
             first_slot = ((start + chunk_rows - 1) // chunk_rows).to(tl.int32)
             chunks = ((start + length - 1) // chunk_rows).to(tl.int32) + 1 - first_slot
-            rows = (length + chunks - 1) // chunks
+            rows = (length + chunks - 1) // tl.maximum(chunks, 1)
             index = slot - first_slot
-            chunks = tl.where(length > min_rows, chunks, 0)
+            after_last_bag = slot.to(tl.int64) * chunk_rows >= start + length
+            chunks = tl.where((length > min_rows) & (after_last_bag == 0), chunks, 0)
         else:
             slots_per_bag = (N + chunk_rows - 1) // chunk_rows
             b = slot // slots_per_bag

@@ -20,10 +20,24 @@ import triton.language as tl
 
 
 @triton.jit
+def norm_of(sigma):
+    """``(n^2, n)`` with ``n = ||sigma||`` per row, ``(G, BLOCK_D) -> (G, 1)``.
+
+    Where the squares underflow, n is computed from sigma scaled by a power of two.
+    """
+    tiny: tl.constexpr = 2.0**-900 if sigma.dtype == tl.float64 else 2.0**-64
+    scale: tl.constexpr = 2.0**600 if sigma.dtype == tl.float64 else 2.0**80
+    n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
+    scaled = sigma * scale
+    n_scaled = tl.sqrt(tl.sum(scaled * scaled, 1, keep_dims=True)) * (1 / scale)
+    return n_squared, tl.where(n_squared < tiny, n_scaled, tl.sqrt(n_squared))
+
+
+@triton.jit
 def squash_factor(sigma):
     """``n / (1 + n^2)`` with ``n = ||sigma||`` per row, ``(G, BLOCK_D) -> (G, 1)``: s = factor * sigma (Eq. 3)."""
-    n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
-    return tl.sqrt(n_squared) / (1 + n_squared)
+    n_squared, n = norm_of(sigma)
+    return n / (1 + n_squared)
 
 
 @triton.jit
@@ -32,12 +46,12 @@ def squash_backward(sigma, grad):
 
     ``c grad + (c' / n) (sigma . grad) sigma`` with ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``; 0 at 0.
     """
-    n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
+    n_squared, n = norm_of(sigma)
     dot = tl.sum(sigma * grad, 1, keep_dims=True)
-    n = tl.sqrt(n_squared)
     one_plus = 1 + n_squared
-    slope = (1 - n_squared) / (one_plus * one_plus) / tl.where(n > 0, n, 1)
-    return tl.where(n > 0, (n / one_plus) * grad + (slope * dot) * sigma, 0)
+    # No higher power of n than its square is formed, as it would overflow or underflow.
+    radial = (1 - n_squared) / one_plus / one_plus * (dot / tl.where(n > 0, n, 1))
+    return tl.where(n > 0, (n / one_plus) * grad + radial * sigma, 0)
 
 
 @triton.jit
@@ -116,3 +130,17 @@ def row_mask(mask_ptr, n, high):
     if mask_ptr is not None:
         valid = valid & (tl.load(mask_ptr + n, mask=valid, other=0) != 0)
     return valid
+
+
+@triton.jit
+def zero_after_last_bag(
+    ptr, cu_seqlens_ptr, B, total, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Writes 0 to the rows of ``ptr (total, D)`` from ``cu_seqlens[B]`` on; all programs of the grid share the rows."""
+    end = tl.load(cu_seqlens_ptr + B).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    first = end + tl.program_id(0) * BLOCK_N
+    for n0 in range(first, total, tl.num_programs(0) * BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
+        zeros = tl.zeros([BLOCK_N, BLOCK_D], ptr.dtype.element_ty)
+        tl.store(ptr + n[:, None] * D + d[None, :], zeros, mask=(n < total)[:, None] & (d < D)[None, :])

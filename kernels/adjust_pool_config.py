@@ -126,8 +126,8 @@ def _on_chip(rows, B, block_d, words, backward, multiprocessors, limits):
     return OnChipConfig(bags, block_n, block_d, num_warps)
 
 
-def _chunks(packed, B, N, D, itemsize, words, min_rows, multiprocessors, limits):
-    """Chunk configuration. ``N``: rows per padded bag, or total rows of packed bags."""
+def _chunks(packed, B, N, longest, D, itemsize, words, min_rows, multiprocessors, limits):
+    """Chunk configuration. ``N``: rows per padded bag, or total rows of packed bags; ``longest``: bound of a bag's."""
     block_d = next_power_of_2(D)
     # float64: half as many warps and a quarter of the elements per thread
     tile = limits.chunk_elements * limits.chunk_warps * WARP // (1 if words == 1 else 2 * words)
@@ -145,7 +145,7 @@ def _chunks(packed, B, N, D, itemsize, words, min_rows, multiprocessors, limits)
         chunk_rows=chunk_rows,
         min_rows=min_rows,
         own_bags=limits.own_bags if min_rows >= 0 else 1,
-        split=N > chunk_rows,
+        split=longest > chunk_rows,
         group=limits.group,
         num_warps=num_warps,
         num_stages=max(limits.chunk_stages - itemsize // 4, 1) if itemsize < 8 else 1,
@@ -162,21 +162,26 @@ def pick_plan(
     backward: bool,
     multiprocessors: int = 132,
     limits: PlanLimits | None = None,
+    max_seqlen: int | None = None,
 ) -> TritonPlan:
     """Plan for B bags of N rows each (``packed``: N rows in total) and D features of ``itemsize`` bytes.
 
-    On chip if every bag fits. Packed bags can have any lengths that add up to N: if bags of twice the mean length fit,
-    those are served on chip and longer ones in chunks, otherwise all in chunks.
+    On chip if every bag fits, according to ``max_seqlen`` for packed bags, otherwise to N. Packed bags of unknown
+    lengths: if bags of twice the mean length fit, those are served on chip and longer ones in chunks, otherwise all in
+    chunks.
     """
     limits = limits or PlanLimits()
     block_d = next_power_of_2(D)
     words = 4 if itemsize == 8 else 1
-    on_chip = _on_chip(N, B, block_d, words, backward, multiprocessors, limits)
+    longest = N if max_seqlen is None else min(max(max_seqlen, 1), N)
+    on_chip = _on_chip(longest, B, block_d, words, backward, multiprocessors, limits)
     if on_chip is not None:
         return TritonPlan(on_chip, None)
     min_rows = -1
     if packed:
-        on_chip = _on_chip(max(2 * N // B, 16), B, block_d, words, backward, multiprocessors, limits)
+        typical = min(max(2 * N // B, 16), longest)
+        on_chip = _on_chip(typical, B, block_d, words, backward, multiprocessors, limits)
         if on_chip is not None:
             min_rows = on_chip.block_n
-    return TritonPlan(on_chip, _chunks(packed, B, N, D, itemsize, words, min_rows, multiprocessors, limits))
+    chunks = _chunks(packed, B, N, longest, D, itemsize, words, min_rows, multiprocessors, limits)
+    return TritonPlan(on_chip, chunks)

@@ -4,27 +4,37 @@ Iteration t (Eq. 2-5), with ``s_sum = s^1 + ... + s^(t-1)``:
 
     b_i = f_i . s_sum,   w = softmax(b),   sigma^t = sum_i w_i f_i,   s^t = squash(sigma^t)
 
-Saved for the backward pass, in the accumulation dtype: sigma (B, T, D) and lse (B, T), the log-sum-exp of b (0 for an
-empty bag).
+Saved for the backward pass, in the accumulation dtype: sigma (B, T, D) and softmax_stats (B, T, 2), the maximum of b
+and ``1 / sum_i exp(b_i - maximum)``, so that ``w_i = exp(b_i - maximum) * scale``; 0 and 0 for an empty bag. Their
+combination, the log-sum-exp, would lose the logarithm of the sum to rounding at large logits.
 """
 
 import triton
 import triton.language as tl
 from amil_fast.kernels.adjust_pool_chunks import LOWEST, bag_rows, locate, merge_chunks, reduce_rows
-from amil_fast.kernels.adjust_pool_common import bag_pointer, on_chip_rows, routing_sum, row_mask, squash_factor
+from amil_fast.kernels.adjust_pool_common import (
+    bag_pointer,
+    on_chip_rows,
+    routing_sum,
+    row_mask,
+    squash_factor,
+    zero_after_last_bag,
+)
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "stride_b", "stride_n"])
 def adjust_pool_forward_on_chip_kernel(
     instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr,
-    bag_ptr, weights_ptr, sigma_ptr, lse_ptr,
+    bag_ptr, weights_ptr, sigma_ptr, softmax_stats_ptr,
     B, N, T, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BAGS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ZERO_REST: tl.constexpr,
 ):  # fmt: skip
     """One program pools BAGS bags of at most BLOCK_N instances each, which stay in registers after a single read.
 
-    Bytes moved: reads the instances once; writes T (D + 1) numbers per bag. Accumulates in the dtype of sigma, by tree
+    Bytes moved: reads the instances once; writes T (D + 2) numbers per bag. Accumulates in the dtype of sigma, by tree
     reductions over the tile. Packed bags longer than BLOCK_N are handled by the chunk kernel.
+    ZERO_REST: no other kernel writes the weights of the rows after the last packed bag, which are 0.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT.
     """
     dtype = sigma_ptr.dtype.element_ty
@@ -48,17 +58,20 @@ def adjust_pool_forward_on_chip_kernel(
         maximum = tl.maximum(tl.max(logits, 1), LOWEST)
         w = tl.exp(logits - maximum[:, None])
         total = tl.sum(w, 1)
-        divisor = tl.where(total == 0, 1, total)
-        w = w / divisor[:, None]
+        scale = tl.where(total == 0, 0, 1 / tl.where(total == 0, 1, total))
+        w = w * scale[:, None]
         sigma = tl.sum(w[:, :, None] * f, 1)
         s = squash_factor(sigma) * sigma
         s_sum += s
         tl.store(sigma_ptrs + t * D, sigma, mask=mask_s)
-        lse = tl.where(total == 0, 0, maximum + tl.log(divisor))
-        tl.store(lse_ptr + b.to(tl.int64) * T + t, lse, mask=mask_b)
+        stats_ptrs = softmax_stats_ptr + (b.to(tl.int64) * T + t) * 2
+        tl.store(stats_ptrs, tl.where(total == 0, 0, maximum), mask=mask_b)
+        tl.store(stats_ptrs + 1, scale, mask=mask_b)
     tl.store(bag_ptr + (b.to(tl.int64) * D)[:, None] + d[None, :], s, mask=mask_s)
     if weights_ptr is not None:
         tl.store(weights_ptr + rows, tl.where(valid, w, 0), mask=stored)
+        if ZERO_REST:
+            zero_after_last_bag(weights_ptr, cu_seqlens_ptr, B, N, 1, BLOCK_N, 1)
 
 
 @triton.jit
@@ -98,17 +111,21 @@ def attend(
 
 @triton.jit
 def store_iteration(
-    bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D: tl.constexpr, BLOCK_D: tl.constexpr
+    bag_ptr, sigma_ptr, softmax_stats_ptr, b, t, T, maximum, total, sigma, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Stores sigma and lse of iteration t (from 0) of bag b, and the bag vector in the last; returns s (1, BLOCK_D)."""
+    """Stores sigma and the softmax statistics of iteration t (from 0) of bag b, and the bag vector in the last.
+
+    Returns s (1, BLOCK_D).
+    """
     d = tl.arange(0, BLOCK_D)[None, :]
     one = tl.arange(0, 1)[None, :]
-    divisor = tl.where(total == 0, 1, total)
-    sigma = sigma / divisor
+    scale = tl.where(total == 0, 0, 1 / tl.where(total == 0, 1, total))
+    sigma = sigma * scale
     s = squash_factor(sigma) * sigma
     row = b.to(tl.int64) * T + t
     tl.store(sigma_ptr + row * D + d, sigma, mask=d < D)
-    tl.store(lse_ptr + row + one, tl.where(total == 0, 0, maximum + tl.log(divisor)))
+    tl.store(softmax_stats_ptr + row * 2 + one, tl.where(total == 0, 0, maximum))
+    tl.store(softmax_stats_ptr + row * 2 + 1 + one, scale)
     if t == T - 1:
         tl.store(bag_ptr + b.to(tl.int64) * D + d, s, mask=d < D)
     return s
@@ -117,7 +134,7 @@ def store_iteration(
 @triton.jit(do_not_specialize=["B", "N", "T", "first_t", "num_slots", "chunk_rows", "min_rows", "stride_b", "stride_n"])
 def adjust_pool_forward_chunks_kernel(
     instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr,
-    bag_ptr, weights_ptr, sigma_ptr, lse_ptr,
+    bag_ptr, weights_ptr, sigma_ptr, softmax_stats_ptr,
     stats_ptr, partial_ptr, counters_ptr,
     B, N, T, first_t, num_slots, chunk_rows, min_rows, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -170,19 +187,21 @@ def adjust_pool_forward_chunks_kernel(
                             num_slots, maximum, total, sigma, D, True, GROUP, BLOCK_N, BLOCK_D,
                         )  # fmt: skip
                 if complete:
-                    s_sum += store_iteration(bag_ptr, sigma_ptr, lse_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D)
+                    s_sum += store_iteration(
+                        bag_ptr, sigma_ptr, softmax_stats_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D
+                    )
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "num_slots", "chunk_rows", "min_rows"])
 def adjust_pool_forward_weights_kernel(
-    mask_ptr, lengths_ptr, cu_seqlens_ptr, weights_ptr, lse_ptr,
+    mask_ptr, lengths_ptr, cu_seqlens_ptr, weights_ptr, softmax_stats_ptr,
     B, N, T, num_slots, chunk_rows, min_rows,
     OWN_BAGS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program converts the logits of one chunk, stored by the chunk kernel, to weights ``exp(b - lse)`` in place.
+    """One program converts the logits of one chunk, stored by the chunk kernel, to weights in place.
 
-    Bytes moved: reads and writes one number per instance; writes 0 for masked instances and padding. The grid is that
-    of the first launch of the chunk kernel.
+    Bytes moved: reads and writes one number per instance; writes 0 for masked instances, padding and the rows after the
+    last packed bag. The grid is that of the first launch of the chunk kernel.
     """
     pid = tl.program_id(0)
     first_bag, last_bag, index, chunks, first_slot, rows = locate(
@@ -193,9 +212,13 @@ def adjust_pool_forward_weights_kernel(
         start, low, high, padding, work = bag_rows(
             pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
         )
-        lse = tl.load(lse_ptr + b.to(tl.int64) * T + T - 1)
+        stats_ptr = softmax_stats_ptr + (b.to(tl.int64) * T + T - 1) * 2
+        maximum = tl.load(stats_ptr)
+        scale = tl.load(stats_ptr + 1)
         for n0 in range(low, padding, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             valid = row_mask(mask_ptr if mask_ptr is None else mask_ptr + start, n, high)
             logits = tl.load(weights_ptr + start + n, mask=valid, other=0)
-            tl.store(weights_ptr + start + n, tl.where(valid, tl.exp(logits - lse), 0), mask=n < padding)
+            tl.store(weights_ptr + start + n, tl.where(valid, tl.exp(logits - maximum) * scale, 0), mask=n < padding)
+    if cu_seqlens_ptr is not None:
+        zero_after_last_bag(weights_ptr, cu_seqlens_ptr, B, N, 1, BLOCK_N, 1)

@@ -65,10 +65,13 @@ def forward(
     cu_seqlens: torch.Tensor | None,
     num_iters: int,
     return_weights: bool,
+    max_seqlen: int | None = None,
     plan: TritonPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(bag, weights, sigma, lse)`` of the registered operator."""
-    outputs, launches = forward_launches(instances, mask, lengths, cu_seqlens, num_iters, return_weights, plan)
+    """``(bag, weights, sigma, softmax_stats)`` of the registered operator."""
+    outputs, launches = forward_launches(
+        instances, mask, lengths, cu_seqlens, num_iters, return_weights, max_seqlen, plan
+    )
     _run(launches, instances.device)
     return outputs
 
@@ -81,13 +84,24 @@ def backward(
     lengths: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     sigma: torch.Tensor,
-    lse: torch.Tensor,
+    softmax_stats: torch.Tensor,
     detach_routing: bool,
+    max_seqlen: int | None = None,
     plan: TritonPlan | None = None,
 ) -> torch.Tensor:
     """``grad_instances`` of the registered operator, contiguous."""
     grad, launches = backward_launches(
-        grad_bag, grad_weights, instances, mask, lengths, cu_seqlens, sigma, lse, detach_routing, plan
+        grad_bag,
+        grad_weights,
+        instances,
+        mask,
+        lengths,
+        cu_seqlens,
+        sigma,
+        softmax_stats,
+        detach_routing,
+        max_seqlen,
+        plan,
     )
     _run(launches, instances.device)
     return grad
@@ -105,8 +119,8 @@ def _multiprocessors(device):
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick_plan(packed, B, N, D, itemsize, backward, device):
-    return pick_plan(packed, B, N, D, itemsize, backward, _multiprocessors(device))
+def _pick_plan(packed, B, N, D, itemsize, backward, device, max_seqlen):
+    return pick_plan(packed, B, N, D, itemsize, backward, _multiprocessors(device), max_seqlen=max_seqlen)
 
 
 class KernelBags:
@@ -121,8 +135,9 @@ class KernelBags:
         mask: torch.Tensor | None,
         lengths: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
+        max_seqlen: int | None = None,
     ) -> None:
-        self.packed = cu_seqlens is not None
+        self.packed, self.max_seqlen = cu_seqlens is not None, max_seqlen
         D = instances.shape[-1]
         if instances.stride(-1) != 1 and D > 1:
             instances = instances.contiguous()
@@ -167,14 +182,14 @@ class KernelBags:
 
     def plan(self, backward: bool) -> TritonPlan:
         """Default plan of a pass on the device of the instances."""
-        return _pick_plan(
-            self.packed, self.B, self.N, self.D, self.instances.element_size(), backward, self.instances.device
-        )
+        itemsize, device = self.instances.element_size(), self.instances.device
+        return _pick_plan(self.packed, self.B, self.N, self.D, itemsize, backward, device, self.max_seqlen)
 
 
 def _on_chip_launch(kernel, bags, plan, arguments):
     config = plan.on_chip
     constants = {"BAGS": config.bags, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    constants["ZERO_REST"] = bags.packed and plan.chunks is None
     grid = triton.cdiv(bags.B, config.bags)
     return TritonLaunch(kernel, grid, {**bags.arguments, **arguments, **constants}, config.num_warps)
 
@@ -238,24 +253,25 @@ def forward_launches(
     cu_seqlens: torch.Tensor | None,
     num_iters: int,
     return_weights: bool,
+    max_seqlen: int | None = None,
     plan: TritonPlan | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], list[TritonLaunch]]:
-    """Allocated outputs ``(bag, weights, sigma, lse)`` and the launches that fill them, in order."""
-    bags = KernelBags(instances, mask, lengths, cu_seqlens)
+    """Allocated outputs ``(bag, weights, sigma, softmax_stats)`` and the launches that fill them, in order."""
+    bags = KernelBags(instances, mask, lengths, cu_seqlens, max_seqlen)
     B, T, D = bags.B, num_iters, bags.D
     dtype = torch.float64 if instances.dtype == torch.float64 else torch.float32
     weights_shape = instances.shape[:-1] if return_weights else (0,)
     if B == 0 or bags.rows == 0:
         bag, sigma = instances.new_zeros(B, D), instances.new_zeros(B, T, D, dtype=dtype)
-        lse = instances.new_zeros(B, T, dtype=dtype)
-        return (bag, instances.new_zeros(weights_shape, dtype=dtype), sigma, lse), []
+        softmax_stats = instances.new_zeros(B, T, 2, dtype=dtype)
+        return (bag, instances.new_zeros(weights_shape, dtype=dtype), sigma, softmax_stats), []
     plan = plan or bags.plan(backward=False)
     bag = instances.new_empty(B, D)
     sigma = instances.new_empty(B, T, D, dtype=dtype)
-    lse = instances.new_empty(B, T, dtype=dtype)
+    softmax_stats = instances.new_empty(B, T, 2, dtype=dtype)
     weights = instances.new_empty(weights_shape, dtype=dtype)
     weights_ptr = weights if return_weights else None
-    outputs = {"bag_ptr": bag, "weights_ptr": weights_ptr, "sigma_ptr": sigma, "lse_ptr": lse}
+    outputs = {"bag_ptr": bag, "weights_ptr": weights_ptr, "sigma_ptr": sigma, "softmax_stats_ptr": softmax_stats}
 
     launches = []
     if plan.on_chip is not None:
@@ -266,10 +282,15 @@ def forward_launches(
             adjust_pool_forward_chunks_kernel, range(T), outputs, 2, dtype, lambda _: ({}, chunks.config.registers)
         )
         if return_weights:
-            arguments = {**bags.layout_arguments, "weights_ptr": weights, "lse_ptr": lse, "BLOCK_N": BLOCK_WEIGHTS}
+            arguments = {
+                **bags.layout_arguments,
+                "weights_ptr": weights,
+                "softmax_stats_ptr": softmax_stats,
+                "BLOCK_N": BLOCK_WEIGHTS,
+            }
             chunks.add(adjust_pool_forward_weights_kernel, arguments, num_warps=4)
         launches += chunks.launches
-    return (bag, weights, sigma, lse), launches
+    return (bag, weights, sigma, softmax_stats), launches
 
 
 def backward_launches(
@@ -280,19 +301,20 @@ def backward_launches(
     lengths: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     sigma: torch.Tensor,
-    lse: torch.Tensor,
+    softmax_stats: torch.Tensor,
     detach_routing: bool,
+    max_seqlen: int | None = None,
     plan: TritonPlan | None = None,
 ) -> tuple[torch.Tensor, list[TritonLaunch]]:
     """Allocated gradient of the instances and the launches that fill it, in order."""
-    bags = KernelBags(instances, mask, lengths, cu_seqlens)
+    bags = KernelBags(instances, mask, lengths, cu_seqlens, max_seqlen)
     T = sigma.shape[1]
     grad = torch.empty(instances.shape, dtype=instances.dtype, device=instances.device)
     if bags.B == 0 or bags.rows == 0:
         return grad.zero_(), []
     plan = plan or bags.plan(backward=True)
     routing, read = T > 1 and not detach_routing, T > 1
-    saved = {"sigma_ptr": sigma.contiguous(), "lse_ptr": lse.contiguous()}
+    saved = {"sigma_ptr": sigma.contiguous(), "softmax_stats_ptr": softmax_stats.contiguous()}
     grad_bag_ptr = None if grad_bag is None else grad_bag.contiguous()
     grad_weights_ptr = grad_weights.contiguous() if grad_weights is not None and routing else None
 
@@ -319,7 +341,7 @@ def backward_launches(
         steps = {
             "scalars_ptr": sigma.new_empty(T - 1, 2, bags.rows),
             "e_ptr": torch.empty_like(sigma),
-            "factors_ptr": sigma.new_empty(bags.B, T),
+            "factors_ptr": sigma.new_empty(bags.B, T - 1),
             "num_rows": bags.rows,
         }
         # A mask or a gradient of the weights increases register pressure: lower occupancy is preferred to spills.
@@ -339,7 +361,7 @@ def backward_launches(
             per_iteration,
         )
         arguments = {**bags.layout_arguments, **chunks.blocks, **saved, **steps, "D": bags.D}
-        arguments |= {"grad_weights_ptr": grad_weights_ptr, "grad_ptr": grad}
+        arguments |= {"grad_ptr": grad}
         chunks.add(adjust_pool_backward_write_kernel, arguments, per_iteration(first=True)[1])
         launches += chunks.launches
     return grad, launches

@@ -138,9 +138,9 @@ def launches(call, dtype):
     lengths = torch.empty(call.B, dtype=torch.int64, device="meta") if call.form == "lengths" else None
     cu_seqlens = torch.empty(call.B + 1, dtype=torch.int32, device="meta") if call.form == "packed" else None
     bags = (f, mask, lengths, cu_seqlens)
-    (bag, w, sigma, lse), forward = adjust_pool_launch.forward_launches(*bags, call.T, call.weights)
+    (bag, w, sigma, softmax_stats), forward = adjust_pool_launch.forward_launches(*bags, call.T, call.weights)
     grad_weights = w if call.weights and not call.detach and call.T > 1 else None
-    _, backward = adjust_pool_launch.backward_launches(bag, grad_weights, *bags, sigma, lse, call.detach)
+    _, backward = adjust_pool_launch.backward_launches(bag, grad_weights, *bags, sigma, softmax_stats, call.detach)
     return forward + backward
 
 

@@ -80,9 +80,9 @@ def exercise_adjust_pool(name, device):
                 v = None if detach else torch.randn(f.shape[:-1], generator=generator)
 
                 on_device = [None if x is None else x.to(device) for x in (f, *where.values(), g, v)]
-                bag, w, sigma, lse = adjust_pool_launch.forward(*on_device[:4], 3, True, plan)
+                bag, w, sigma, stats = adjust_pool_launch.forward(*on_device[:4], 3, True, plan=plan)
                 upstream = on_device[4:6]
-                grad = adjust_pool_launch.backward(*upstream, *on_device[:4], sigma, lse, detach, backward_plan)
+                grad = adjust_pool_launch.backward(*upstream, *on_device[:4], sigma, stats, detach, plan=backward_plan)
 
                 leaf = f.double().requires_grad_()
                 truth = adjust_pool_reference(leaf, **where, detach_routing=detach)

@@ -6,7 +6,8 @@ import torch
 from amil_fast import adjust_pool
 from tests.helpers import assert_as_accurate, relative_error
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+COMPILED = pytest.mark.parametrize("backend", ["cpp", "triton"])
 
 
 def gradient(x, backend, **kwargs):
@@ -36,9 +37,10 @@ def test_weights_sum_to_one_at_large_logits(backend, norm):
     torch.testing.assert_close(sums, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@COMPILED
 @pytest.mark.parametrize("detach_routing", [False, True])
 @pytest.mark.parametrize("exponent", [14, 20, 27, 45, 60])
-def test_gradient_at_large_logits(exponent, detach_routing):
+def test_gradient_at_large_logits(backend, exponent, detach_routing):
     """Tests the weights computed again by the backward pass, and the squash's Jacobian, whose terms cancel along sigma.
 
     Sums of 4096 equal powers of two are exact, so all other errors are small.
@@ -47,12 +49,13 @@ def test_gradient_at_large_logits(exponent, detach_routing):
     x[..., 3] = 2.0**exponent
     options = {"num_iters": 2, "detach_routing": detach_routing}
     truth = gradient(x.double(), "reference", **options)
-    assert relative_error(gradient(x, "cpp", **options), truth) < 1e-6
+    assert relative_error(gradient(x, backend, **options), truth) < 1e-6
 
 
+@COMPILED
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 @pytest.mark.parametrize("scale", [0.3, 0.55, 0.7, 0.75, 0.8, 1.0])
-def test_gradient_of_nearly_one_hot_weights(scale, seed):
+def test_gradient_of_nearly_one_hot_weights(backend, scale, seed):
     """The gradients of the logits vanish up to rounding, and every iteration multiplies their error by the instances.
 
     Subtracting a mean that is not the weighted sum of the same rounded numbers gave 200 times the reference's error.
@@ -60,25 +63,27 @@ def test_gradient_of_nearly_one_hot_weights(scale, seed):
     x = normal(4, 64, 512, seed=seed) * scale
     truth = gradient(x.double(), "reference", num_iters=5)
     reference = gradient(x, "reference", num_iters=5)
-    assert_as_accurate(gradient(x, "cpp", num_iters=5), reference, truth, factor=3)
+    assert_as_accurate(gradient(x, backend, num_iters=5), reference, truth, factor=3)
 
 
+@COMPILED
 @pytest.mark.parametrize("num_iters", [1, 3])
 @pytest.mark.parametrize("exponent", [-10, -18, -19, -20, -25, -30])
-def test_gradient_of_tiny_instances(num_iters, exponent):
+def test_gradient_of_tiny_instances(backend, num_iters, exponent):
     """The squared norm of these instances underflows, their norm, which is the squash's derivative, does not."""
     x = normal(3, 20, 48) * 10.0**exponent
     truth = gradient(x.double(), "reference", num_iters=num_iters)
     assert truth.abs().max() > 0
-    assert relative_error(gradient(x, "cpp", num_iters=num_iters), truth) < 1e-6
+    assert relative_error(gradient(x, backend, num_iters=num_iters), truth) < 1e-6
 
 
-def test_gradient_of_tiny_float64_instances():
+@COMPILED
+def test_gradient_of_tiny_float64_instances(backend):
     """Scaling the instances by a power of two scales their gradient as long as the squash is quadratic."""
     x = normal(3, 20, 48).double()
-    expected = gradient(x * 2.0**-500, "cpp", num_iters=1) * 2.0**-450
+    expected = gradient(x * 2.0**-500, backend, num_iters=1) * 2.0**-450
     assert expected.abs().max() > 0
-    assert relative_error(gradient(x * 2.0**-950, "cpp", num_iters=1), expected) < 1e-12
+    assert relative_error(gradient(x * 2.0**-950, backend, num_iters=1), expected) < 1e-12
 
 
 def test_subnormal_sums_do_not_depend_on_the_number_of_threads():
