@@ -53,8 +53,8 @@ def adjust_pool_backward_on_chip_kernel(
 
     Bytes moved: reads the instances once (never without READ, i.e. T = 1) and sigma about T / 2 times (from cache);
     writes their gradient once, 0 where masked. Accumulates in the dtype of sigma, by tree reductions over the tile.
-    ROUTING: differentiate through the weights too. ZERO_REST: no other kernel writes the rows after the last packed
-    bag, which get 0. Packed bags longer than BLOCK_N are handled by the chunk kernels.
+    ROUTING: differentiate through the weights too. ZERO_REST: there is no chunk kernel, and the gradient of the rows
+    after the last packed bag is set to 0. Packed bags longer than BLOCK_N are handled by the chunk kernels.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT;
     contiguous gradients; READ if T > 1; no ROUTING if T = 1.
     """

@@ -34,7 +34,8 @@ def adjust_pool_forward_on_chip_kernel(
 
     Bytes moved: reads the instances once; writes T (D + 2) numbers per bag. Accumulates in the dtype of sigma, by tree
     reductions over the tile. Packed bags longer than BLOCK_N are handled by the chunk kernel.
-    ZERO_REST: no other kernel writes the weights of the rows after the last packed bag, which are 0.
+    ZERO_REST: there is no chunk kernel. The weights of the rows after the last packed bag are set to 0, and bag vectors
+    of packed bags longer than BLOCK_N to NaN.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT.
     """
     dtype = sigma_ptr.dtype.element_ty
@@ -67,7 +68,11 @@ def adjust_pool_forward_on_chip_kernel(
         stats_ptrs = softmax_stats_ptr + (b.to(tl.int64) * T + t) * 2
         tl.store(stats_ptrs, tl.where(total == 0, 0, maximum), mask=mask_b)
         tl.store(stats_ptrs + 1, scale, mask=mask_b)
-    tl.store(bag_ptr + (b.to(tl.int64) * D)[:, None] + d[None, :], s, mask=mask_s)
+    bag_ptrs = bag_ptr + (b.to(tl.int64) * D)[:, None] + d[None, :]
+    tl.store(bag_ptrs, s, mask=mask_s)
+    if ZERO_REST:  # a bag longer than max_seqlen is served by no kernel
+        mask_long = ((b < B) & (mask_b == 0))[:, None] & (d < D)[None, :]
+        tl.store(bag_ptrs, tl.full([BAGS, BLOCK_D], float("nan"), dtype), mask=mask_long)
     if weights_ptr is not None:
         tl.store(weights_ptr + rows, tl.where(valid, w, 0), mask=stored)
         if ZERO_REST:

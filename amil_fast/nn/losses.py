@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from amil_fast.nn.bag_view import BagView
+from amil_fast.ops.bags import without_autocast
 
 
 def margin_loss(
@@ -147,7 +148,7 @@ def noisy_or_loss(
         raise ValueError(
             f"labels: expected shape ({bags.num_bags}, {bags.x.shape[-1]}) (B, C), got {tuple(labels.shape)}"
         )
-    with torch.autocast(bags.x.device.type, enabled=False):
+    with without_autocast(bags.x.device.type):
         a, a_bag, log_a_bag = _evidence(bags, scale, activation)
         sizes = bags.sizes()[:, None]
         positive = (labels != 0) & (sizes > 0)
@@ -187,7 +188,7 @@ def noisy_or_of(
     bags: BagView, scale: float = 1.0, activation: str | None = "softplus"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`noisy_or` of validated bags, whose instances are scores."""
-    with torch.autocast(bags.x.device.type, enabled=False):
+    with without_autocast(bags.x.device.type):
         _, a_bag, log_a_bag = _evidence(bags, scale, activation)
         return _bag_log_probability(bags, a_bag, log_a_bag), -a_bag
 

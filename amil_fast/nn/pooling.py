@@ -13,6 +13,7 @@ from torch import nn
 
 from amil_fast.nn.bag_view import BagView
 from amil_fast.ops.adjust_pool import adjust_pool, check_settings, pool_bags
+from amil_fast.ops.bags import without_autocast
 
 
 class AdjustPool(nn.Module):
@@ -22,14 +23,14 @@ class AdjustPool(nn.Module):
     result is ``(bag, weights)``.
 
     Args:
-        num_iters: number of iterations, at least 1.
+        num_iters: number of iterations, 1 to 10,000.
         return_weights: also return the weights of the last iteration.
         detach_routing: stop gradients through the weights.
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``.
 
     Raises:
-        TypeError: ``num_iters`` is not an int.
-        ValueError: ``num_iters`` below 1, an unknown backend.
+        TypeError: an argument of another type.
+        ValueError: ``num_iters`` out of range, an unknown backend.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class AdjustPool(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        check_settings(num_iters, backend)
+        check_settings(num_iters, return_weights, detach_routing, backend)
         self.num_iters = num_iters
         self.return_weights = return_weights
         self.detach_routing = detach_routing
@@ -126,7 +127,7 @@ class BasePool(nn.Module):
 
     def pool_scored(self, bags: BagView, scores: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``(bag, weights)`` of validated bags with given scores."""
-        with torch.autocast(bags.x.device.type, enabled=False):
+        with without_autocast(bags.x.device.type):
             bag, weights = self.pool(bags, scores)
             return bag.to(bags.x.dtype), weights
 

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import torch
 
 from amil_fast.ops import backends
-from amil_fast.ops.bags import FLOAT_DTYPES
+from amil_fast.ops.bags import FLOAT_DTYPES, check_strided
 from amil_fast.ops.decode_heatmaps_native import CONVENTIONS, REFINEMENTS, decode_cpp, decode_cuda
 from amil_fast.ops.decode_heatmaps_reference import decode_heatmaps_reference
 from amil_fast.ops.flip import check_pairs
+from amil_fast.ops.registration import batch_first, fold_batch, non_differentiable, register_function
 
 MAX_BLUR_KERNEL = 255
+# Positions within a map are 32-bit integers, with room for the steps of loops and the halo of the blur.
+MAX_PIXELS = 2**30
 
 
 def _why_not_cuda(device):
@@ -51,7 +54,7 @@ def decode_heatmaps(
 
     Args:
         heatmaps: ``(B, K, H, W)``, float16, bfloat16, float32 or float64, CPU or CUDA, any strides; fastest with unit
-            stride along W.
+            stride along W. Up to 2³⁰ pixels per map.
         refine: refinement of the position of the maximum:
 
             - ``"none"``: none;
@@ -92,12 +95,12 @@ def decode_heatmaps(
         ``scores (B, K)`` float32, the maxima.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices do not match; maps without pixels; an unknown name; an even or too large kernel;
-            ``flipped`` without ``flip_pairs``; a joint out of range or in two pairs; ``center`` without ``scale`` or
-            vice versa; both transforms; a backend that cannot serve the call.
-        RuntimeError: ``backward()`` through the result. Decoding is not differentiable, see :func:`soft_argmax`; under
-            ``torch.compile`` the result is a constant.
+        TypeError: an argument of the wrong type or dtype, or a sparse tensor.
+        ValueError: shapes or devices do not match; maps without pixels or too large; an unknown name; an even or too
+            large kernel; ``flipped`` without ``flip_pairs``; a joint out of range or in two pairs; ``center`` without
+            ``scale`` or vice versa; both transforms; a backend that cannot serve the call.
+        RuntimeError: ``backward()`` through the result, or forward-mode AD of the arguments. Decoding is not
+            differentiable, see :func:`soft_argmax`; under ``torch.compile`` the result is a constant.
 
     Notes:
         Ties go to the first maximum in row-major order. NaN in a map, or in the flipped map averaged with it, gives NaN
@@ -109,6 +112,26 @@ def decode_heatmaps(
 
     Sources: Sun et al., HRNet, CVPR 2019; Zhang et al., DARK, CVPR 2020; Huang et al., UDP, CVPR 2020.
     """
+    settings = (refine, convention, blur_kernel, backend)
+    _check_arguments(heatmaps, flipped, shift_flipped, center, scale, affine, *settings)
+    swap = []
+    if flipped is not None:
+        if flip_pairs is None:
+            raise ValueError("flip_pairs: expected pairs of joints with flipped, () for none, got None")
+        swap = check_pairs(flip_pairs, heatmaps.shape[1])
+    backend = backends.choose(backend, heatmaps.device.type, _SUPPORTED)
+
+    arguments: tuple = (heatmaps, flipped, swap, shift_flipped, center, scale, affine, *settings[:-1], backend)
+    tensors = (heatmaps, flipped, center, scale, affine)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if needs_grad and torch.compiler.is_compiling():
+        arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    if needs_grad or backends.dispatcher_has_work(*tensors):
+        return torch.ops.amil_fast.decode_heatmaps.default(*arguments)
+    return _decode(*arguments)
+
+
+def _check_arguments(heatmaps, flipped, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend):
     _check_maps(heatmaps, "heatmaps")
     if refine not in REFINEMENTS:
         raise ValueError(f"refine: expected one of {', '.join(map(repr, REFINEMENTS))}, got {refine!r}")
@@ -120,7 +143,6 @@ def decode_heatmaps(
         raise ValueError(f"blur_kernel: expected an odd number from 1 to {MAX_BLUR_KERNEL}, got {blur_kernel}")
     if not isinstance(shift_flipped, bool):
         raise TypeError(f"shift_flipped: expected a bool, got {type(shift_flipped).__name__}")
-    swap = []
     if flipped is not None:
         _check_maps(flipped, "flipped")
         if flipped.shape != heatmaps.shape:
@@ -128,9 +150,6 @@ def decode_heatmaps(
         if flipped.dtype != heatmaps.dtype:
             raise TypeError(f"flipped: expected dtype {heatmaps.dtype} of heatmaps, got {flipped.dtype}")
         _check_device(flipped, "flipped", heatmaps)
-        if flip_pairs is None:
-            raise ValueError("flip_pairs: expected pairs of joints with flipped, () for none, got None")
-        swap = check_pairs(flip_pairs, heatmaps.shape[1])
     if center is not None or scale is not None:
         if affine is not None:
             raise ValueError("affine: expected affine, or center and scale, got both")
@@ -141,18 +160,7 @@ def decode_heatmaps(
         _check_transform(scale, "scale", (heatmaps.shape[0], 2), "(B, 2)", heatmaps)
     elif affine is not None:
         _check_transform(affine, "affine", (heatmaps.shape[0], 2, 3), "(B, 2, 3)", heatmaps)
-    backend = backends.choose(backend, heatmaps.device.type, _SUPPORTED)
-
-    settings = (refine, convention, blur_kernel, backend)
-    arguments: tuple = (heatmaps, flipped, swap, shift_flipped, center, scale, affine, *settings)
-    tensors = [t for t in (heatmaps, flipped, center, scale, affine) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        if not torch.compiler.is_compiling():
-            return _Refusal.apply(*arguments)
-        arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    if backends.dispatcher_has_work(*tensors):
-        return torch.ops.amil_fast.decode_heatmaps.default(*arguments)
-    return _decode(*arguments)
+    backends.check_name(backend, _SUPPORTED)
 
 
 def _check_maps(tensor, name):
@@ -163,8 +171,9 @@ def _check_maps(tensor, name):
     shape = tensor.shape
     if len(shape) != 4:
         raise ValueError(f"{name}: expected shape (B, K, H, W), got {tuple(shape)}")
-    if not 0 < shape[2] * shape[3] < 2**31:
-        raise ValueError(f"{name}: expected maps of 1 to 2**31 - 1 pixels, got shape {tuple(shape)}")
+    if not 0 < shape[2] * shape[3] <= MAX_PIXELS:
+        raise ValueError(f"{name}: expected maps of 1 to 2**30 pixels, got shape {tuple(shape)}")
+    check_strided(tensor, name)
 
 
 def _check_transform(tensor, name, shape, letters, heatmaps):
@@ -174,27 +183,13 @@ def _check_transform(tensor, name, shape, letters, heatmaps):
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape} {letters}, got {tuple(tensor.shape)}")
+    check_strided(tensor, name)
     _check_device(tensor, name, heatmaps)
 
 
 def _check_device(tensor, name, heatmaps):
     if tensor.device != heatmaps.device:
         raise ValueError(f"{name}: expected device {heatmaps.device} of heatmaps, got {tensor.device}")
-
-
-class _Refusal(torch.autograd.Function):
-    """The operator for inputs that require grad: raises in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return torch.ops.amil_fast.decode_heatmaps.default(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "decode_heatmaps is not differentiable: the position of a maximum has no derivative. For a loss on "
-            "coordinates use amil_fast.soft_argmax; otherwise pass heatmaps.detach() or use torch.no_grad()"
-        )
 
 
 # The registered operator; `swap[k]` is the joint of `flipped` averaged with joint k. Empty without `flipped`.
@@ -215,12 +210,48 @@ def _decode(heatmaps, flipped, swap, shift_flipped, center, scale, affine, refin
     )
 
 
-_library.impl("decode_heatmaps", _decode, "CompositeExplicitAutograd")
+def _check_registered(
+    heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend
+):
+    """Checks what :func:`decode_heatmaps` checks, for calls of the registered operator."""
+    _check_arguments(heatmaps, flipped, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend)
+    K = heatmaps.shape[1]
+    if flipped is not None and (len(swap) != K or not all(0 <= k < K for k in swap)):
+        raise ValueError(f"swap: expected {K} joints in 0..{K - 1}, got {swap}")
+    if backend == "auto":
+        raise ValueError("backend: expected the name of an implementation, got 'auto'")
+
+
+def _decode_registered(*arguments):
+    _check_registered(*arguments)
+    backends.choose(arguments[-1], arguments[0].device.type, _SUPPORTED)
+    return _decode(*arguments)
+
+
+_library.impl("decode_heatmaps", _decode_registered, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("amil_fast::decode_heatmaps", lib=_library)
-def _decode_fake(
-    heatmaps, flipped, swap, shift_flipped, center, scale, affine, refine, convention, blur_kernel, backend
-):
+def _decode_fake(heatmaps, *others):
+    _check_registered(heatmaps, *others)
     B, K = heatmaps.shape[:2]
     return heatmaps.new_empty(B, K, 2, dtype=torch.float32), heatmaps.new_empty(B, K, dtype=torch.float32)
+
+
+def _decode_vmap(info, in_dims, heatmaps, flipped, swap, shift_flipped, center, scale, affine, *settings):
+    tensor_dims = (in_dims[0], in_dims[1], *in_dims[4:7])
+    tensors = batch_first(info, tensor_dims, (heatmaps, flipped, center, scale, affine))
+    folded = fold_batch(tensors)
+    coords, scores = torch.ops.amil_fast.decode_heatmaps.default(
+        *folded[:2], swap, shift_flipped, *folded[2:], *settings
+    )
+    sizes = tensors[0].shape[:2]
+    return (coords.unflatten(0, sizes), scores.unflatten(0, sizes)), (0, 0)
+
+
+_message = (
+    "decode_heatmaps is not differentiable: the position of a maximum has no derivative. For a loss on coordinates use "
+    "amil_fast.soft_argmax; otherwise pass heatmaps.detach() or use torch.no_grad()"
+)
+_DecodeHeatmaps = non_differentiable(torch.ops.amil_fast.decode_heatmaps.default, _message, _decode_vmap)
+register_function(_library, "decode_heatmaps", _DecodeHeatmaps)

@@ -21,7 +21,7 @@ struct DecodeCall {
     bool shift_flipped;   // shift the flipped-back maps by one pixel to the right
     Dtype dtype;
     int64_t B, K;
-    int H, W;  // at least 1
+    int H, W;  // at least 1, at most 2^30 pixels: sums with the halo of the blur fit an int
     Refine refine;
     Convention convention;
     int blur_kernel;      // odd, 1 .. 2 * kMaxBlurRadius + 1

@@ -171,7 +171,7 @@ AMIL_HD int exponent_of(float v) { return (bits_of(v) - 0x3f3504f3) >> 23; }  //
 AMIL_HD int exponent_of(double v) { return static_cast<int>((bits_of(v) - 0x3fe6a09e667f3bcd) >> 52); }
 AMIL_HD float log_minus_exponent(float v, int exponent) {
     const int e = exponent_of(v);
-    const int32_t bits = bits_of(v) - (e << 23);
+    const int32_t bits = bits_of(v) - e * (1 << 23);  // e can be negative: no shift
     float m;
     memcpy(&m, &bits, sizeof m);
     const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
@@ -180,7 +180,7 @@ AMIL_HD float log_minus_exponent(float v, int exponent) {
 }
 AMIL_HD double log_minus_exponent(double v, int exponent) {
     const int e = exponent_of(v);
-    const int64_t bits = bits_of(v) - (static_cast<int64_t>(e) << 52);
+    const int64_t bits = bits_of(v) - static_cast<int64_t>(e) * (int64_t{1} << 52);
     double m;
     memcpy(&m, &bits, sizeof m);
     const double s = (m - 1.0) / (m + 1.0), z = s * s;

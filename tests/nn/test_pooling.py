@@ -242,10 +242,12 @@ def test_errors():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_iters": -1}, ValueError, "num_iters: expected an int of at least 1, got -1"),
-        ({"num_iters": 0}, ValueError, "num_iters: expected an int of at least 1, got 0"),
+        ({"num_iters": -1}, ValueError, "num_iters: expected an int from 1 to 10000, got -1"),
+        ({"num_iters": 0}, ValueError, "num_iters: expected an int from 1 to 10000, got 0"),
         ({"num_iters": 2.0}, TypeError, "num_iters: expected an int, got float"),
         ({"num_iters": True}, TypeError, "num_iters: expected an int, got bool"),
+        ({"return_weights": "no"}, TypeError, "return_weights: expected a bool, got 'no'"),
+        ({"detach_routing": None}, TypeError, "detach_routing: expected a bool, got None"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'reference', 'cpp', 'triton', got 'cuda'"),
     ],
 )

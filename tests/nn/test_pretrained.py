@@ -129,7 +129,7 @@ def test_wrong_inputs():
         (ValueError, r"instances: expected 5 features \(in_features\), got 4", torch.ones(1, 2, 4)),
         (TypeError, "instances: expected dtype torch.float32 of the network's parameters", torch.ones(1, 2, 5).half()),
         (
-            ValueError,
+            TypeError,
             "instances: expected a dense tensor, got layout torch.sparse_coo",
             torch.ones(1, 2, 5).to_sparse(),
         ),
