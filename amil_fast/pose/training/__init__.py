@@ -15,9 +15,10 @@ from amil_fast.pose.training.config import (
 from amil_fast.pose.training.meter import NotFinite, TrainingProgress
 from amil_fast.pose.training.overrides import parse_override
 from amil_fast.pose.training.presets import PRESETS, preset
-from amil_fast.pose.training.signals import Interrupted, StopRequest
+from amil_fast.pose.training.signals import StopRequest
 from amil_fast.pose.training.trainer import PoseTraining, train
 from amil_fast.pose.training.training_data import TrainingData
+from amil_fast.utils.errors import Interrupted
 
 __all__ = [
     # configuration

@@ -23,9 +23,11 @@ from amil_fast.pose.evaluation import headline, scores_of_groups
 from amil_fast.pose.training.checkpoints import STATE, load_state
 from amil_fast.pose.training.config import TrainConfig, from_dict
 from amil_fast.pose.training.meter import NotFinite
-from amil_fast.pose.training.signals import Interrupted, StopRequest
+from amil_fast.pose.training.run_log import HISTORY
+from amil_fast.pose.training.signals import StopRequest
 from amil_fast.pose.training.trainer import train
-from amil_fast.utils.files import atomic_path, read_json
+from amil_fast.utils.errors import Interrupted, RunFailed
+from amil_fast.utils.files import atomic_path, parse_json, read_json
 
 OUTPUT = "output.txt"  # in a run's folder: what its process printed
 _POLL = 0.2  # seconds between checks for a requested stop
@@ -119,7 +121,7 @@ def run(
         on_run: called with the number of finished runs and of all runs, at the start and after each.
 
     Raises:
-        RuntimeError: runs failed; the message contains their errors.
+        RunFailed: runs failed; the message contains their errors.
         Interrupted: SIGINT or SIGTERM was received; the running trainings are saved.
     """
     out = Path(out)
@@ -157,7 +159,7 @@ def run(
         if stop:
             raise Interrupted(f"{stop.reason}: stopped after {done} of {total} runs; the others resume when run again")
     if failures:
-        raise RuntimeError("\n".join(failures))
+        raise RunFailed("\n".join(failures))
 
 
 @dataclass
@@ -244,8 +246,9 @@ def results(rows: Plan, out: str | Path) -> list[dict[str, Any]]:
         for name, _ in runs:
             path = Path(out) / name / "summary.json"
             if path.is_file():
-                history = (path.parent / "history.jsonl").read_text().splitlines()
-                summaries.append((read_json(path), [json.loads(line) for line in history]))
+                history = path.parent / HISTORY
+                lines = history.read_text(encoding="utf-8").splitlines()
+                summaries.append((read_json(path, dict), [parse_json(line, history, dict) for line in lines]))
         if len(summaries) < len(runs):
             continue
         validations = [summary["validation"] for summary, _ in summaries]

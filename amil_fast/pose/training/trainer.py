@@ -22,10 +22,11 @@ from amil_fast.pose.training.meter import LossMeter, NotFinite, TrainingProgress
 from amil_fast.pose.training.networks import Networks
 from amil_fast.pose.training.run_folder import RunFolder
 from amil_fast.pose.training.run_log import RunLog
-from amil_fast.pose.training.signals import Interrupted, StopRequest
+from amil_fast.pose.training.signals import StopRequest
 from amil_fast.pose.training.step import Batch, OptimizationStep
 from amil_fast.pose.training.training_data import TrainingData, training_data
 from amil_fast.pose.training.validation import Validation
+from amil_fast.utils.errors import Interrupted
 from amil_fast.utils.files import write_json
 
 
