@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from amil_fast.cli.common import fail, print_plain, print_written, progress_bar
+from amil_fast.cli.common import fail, print_plain, progress_bar, write_result
 from amil_fast.mil import study as mil_study
 from amil_fast.mil.bag_files import load_bags
 from amil_fast.mil.cross_validation import cross_validate, format_accuracy
 from amil_fast.mil.settings import PAPER_SETTINGS, MilSettings
 from amil_fast.ops import adjust_pool
-from amil_fast.utils.files import write_json, write_text
+from amil_fast.utils.files import write_text
 
 app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: bag classifiers.")
 _DEFAULT = MilSettings()
@@ -102,13 +102,7 @@ def cv(
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     console.print(_cv_table(result))
-    if json_file is not None:
-        try:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(json_file, {"file": data.name, **result})
-        except OSError as error:
-            fail(f"{json_file}: cannot be written: {error.strerror}")
-        print_written(console, json_file)
+    write_result(console, json_file, {"file": data.name, **result})
 
 
 def _cv_table(result):
@@ -147,32 +141,27 @@ def study(
     """
     changes = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
     console = Console(quiet=quiet)
-    try:
-        rows = mil_study.study_rows(group or ("pooling", "network", "ingredients"), **changes)
-        files = {path.stem: load_bags(path) for path in data}
-        if len(files) < len(data):
-            raise ValueError("data: expected files with different names")
-        out.mkdir(parents=True, exist_ok=True)
-        with progress_bar(console, quiet) as progress:
-            task = progress.add_task("", total=None)
-            content = mil_study.run_study(
-                files,
-                rows,
-                out / "study.json",
-                repetitions=repetitions,
-                on_row=lambda done, total, label: progress.update(
-                    task,
-                    completed=done,
-                    total=total,
-                    description=label.replace("[", r"\["),  # not Rich markup
-                ),
-            )
-        table = mil_study.complete_rows(files, rows, content, repetitions)
-        write_text(out / "study.md", mil_study.to_markdown(table))
-        mil_study.draw(out / "study.png", table)
-    except ValueError as error:
-        fail(error)
-    except OSError as error:
-        fail(f"{out}: {error}")
+    rows = mil_study.study_rows(group or ("pooling", "network", "ingredients"), **changes)
+    files = {path.stem: load_bags(path) for path in data}
+    if len(files) < len(data):
+        raise ValueError("data: expected files with different names")
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(console, quiet) as progress:
+        task = progress.add_task("", total=None)
+        content = mil_study.run_study(
+            files,
+            rows,
+            out / "study.json",
+            repetitions=repetitions,
+            on_row=lambda done, total, label: progress.update(
+                task,
+                completed=done,
+                total=total,
+                description=label.replace("[", r"\["),  # not Rich markup
+            ),
+        )
+    table = mil_study.complete_rows(files, rows, content, repetitions)
+    write_text(out / "study.md", mil_study.to_markdown(table))
+    mil_study.draw(out / "study.png", table)
     print_plain(console, mil_study.to_markdown(table))
     print_plain(console, f"written: {out / 'study.json'}, study.md, study.png")
