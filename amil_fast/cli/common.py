@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from amil_fast.utils.files import read_json, write_json
+from amil_fast.utils.files import DataError, read_json, write_json
 
 LISTED = 12  # problems and files listed on the terminal; --json contains all
 
@@ -102,7 +102,11 @@ def read_config(path):
     """The :class:`~amil_fast.pose.training.config.TrainConfig` in a ``train.json``."""
     from amil_fast.pose.training.config import from_dict
 
-    return from_dict(read_json(path))
+    content = read_json(path, dict, "a training configuration")
+    try:
+        return from_dict(content)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def change_config(config, options, settings):

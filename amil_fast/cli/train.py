@@ -63,13 +63,13 @@ def train(
     from amil_fast.pose.training import TrainConfig, from_dict
     from amil_fast.pose.training import preset as get_preset
     from amil_fast.pose.training import train as run
-    from amil_fast.pose.training.checkpoints import STATE, load_state
+    from amil_fast.pose.training.checkpoints import STATE, load_config
 
     console = Console(quiet=quiet)
     if preset is not None and config is not None:
         raise ValueError("expected --preset or --config, got both")
     if resume and (out / "last" / STATE).is_file():
-        chosen = from_dict(load_state(out / "last")[1]["config"])
+        chosen = from_dict(load_config(out / "last"))
     elif config is not None:
         chosen = read_config(config)
     elif preset is not None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import headline, scores_of_groups
-from amil_fast.pose.training.checkpoints import STATE, load_state
+from amil_fast.pose.training.checkpoints import STATE, load_config
 from amil_fast.pose.training.config import TrainConfig, from_dict
 from amil_fast.pose.training.meter import NotFinite
 from amil_fast.pose.training.run_log import HISTORY
@@ -28,10 +29,11 @@ from amil_fast.pose.training.signals import StopRequest
 from amil_fast.pose.training.trainer import train
 from amil_fast.utils.errors import Interrupted, RunFailed
 from amil_fast.utils.files import atomic_path, parse_json, read_json
+from amil_fast.utils.processes import end_with_parent
 
 OUTPUT = "output.txt"  # in a run's folder: what its process printed
 _POLL = 0.2  # seconds between checks for a requested stop
-_GRACE = 15.0  # seconds that a stopped process has for saving its state
+_GRACE = 10.0  # seconds that a stopped process has for saving its state
 
 _PLAIN = {"generator.blocks": 0, "discriminator": None, "loss.mil": 0.0}
 _REGIONS = {"discriminator": None}
@@ -157,7 +159,9 @@ def run(
         finally:
             _end(running)
         if stop:
-            raise Interrupted(f"{stop.reason}: stopped after {done} of {total} runs; the others resume when run again")
+            raise Interrupted(
+                f"{stop.reason}: stopped after {done} of {total} runs; the same command resumes the others"
+            )
     if failures:
         raise RunFailed("\n".join(failures))
 
@@ -194,10 +198,11 @@ def _train(folder, content, threads, error):
     output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
+    end_with_parent(_GRACE)
     torch.set_num_threads(threads)
     try:
         if (folder / "last" / STATE).is_file():  # like amil train --resume: the settings that the run was started with
-            content = load_state(folder / "last")[1]["config"]
+            content = load_config(folder / "last")
         train(from_dict(content), folder, Console(), resume=True)
     except (ValueError, OSError, NotFinite, Interrupted) as expected:
         error.send(str(expected))
@@ -223,13 +228,17 @@ def _error(ended):
 
 
 def _end(running):
-    """Stops processes: SIGTERM, on which a training saves its state, then SIGKILL."""
+    """Stops processes: SIGTERM, on which a training saves its state, and SIGKILL after a time that all share."""
     for each in running:
         each.process.terminate()
-    for each in running:
-        each.process.join(_GRACE)
-        if each.process.is_alive():
+    deadline = time.monotonic() + _GRACE
+    try:
+        for each in running:
+            each.process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # also after a second Ctrl-C
+        for each in running:
             each.process.kill()
+        for each in running:
             each.process.join()
 
 

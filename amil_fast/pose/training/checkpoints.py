@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from amil_fast.utils.files import check_version, parse_json
+from amil_fast.utils.files import DataError, brief, check_version, parse_json
 from amil_fast.utils.tensor_files import read_tensors, write_tensors
 
 STATE = "state.safetensors"
@@ -31,6 +31,14 @@ def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     facts = parse_json(metadata.get("amil", "null"), path, dict, what)
     check_version(facts.get("version"), VERSION, path)
     return tensors, facts
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Returns the configuration, as a dict, of the run whose state is in ``folder``; raises DataError."""
+    config = load_state(folder)[1].get("config")
+    if not isinstance(config, dict):
+        raise DataError(f"{Path(folder) / STATE}: config: expected an object, got {brief(config)}")
+    return config
 
 
 def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

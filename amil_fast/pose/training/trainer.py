@@ -284,7 +284,9 @@ class PoseTraining:
             self._read_losses()
             self._save()
         reason = self.stop.reason or "a signal"
-        raise Interrupted(f"{reason}: stopped after step {self.progress.step}; {self.out / 'last'} is saved")
+        raise Interrupted(
+            f"{reason}: stopped after step {self.progress.step}; {self.out / 'last'} is saved, --resume continues"
+        )
 
 
 def train(config: TrainConfig, out: str | Path, console: Console, *, resume: bool = False) -> dict[str, Any] | None:
