@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -82,35 +83,35 @@ def test_options_out_of_range(tmp_path, monkeypatch, bags, words, message):
     assert "Traceback" not in run.output and not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def small_disk():
-    """Limits the size of written files, which fails like a full disk."""
+@contextmanager
+def full_disk(size):
+    """Limits the size of written files, which fails like a full disk. Also that of pytest's own output: no longer than
+    the command under test runs."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_keeps_the_earlier_result(tmp_path, bags, small_disk):
+def test_a_full_disk_keeps_the_earlier_result(tmp_path, bags):
     write_json(tmp_path / "result.json", {"earlier": 1})
-    small_disk(100)
-    run = amil("mil", "cv", bags, "--epochs", 1, "--hidden", 4, "--json", tmp_path / "result.json", "--quiet")
+    with full_disk(100):
+        run = amil("mil", "cv", bags, "--epochs", 1, "--hidden", 4, "--json", tmp_path / "result.json", "--quiet")
     assert run.exit_code == 2 and f"Error: {tmp_path / 'result.json'}: File too large" in run.output
     assert json.loads((tmp_path / "result.json").read_text()) == {"earlier": 1}
     assert sorted(os.listdir(tmp_path)) == ["a.npz", "result.json"]
 
 
-def test_a_full_disk_ends_a_training_with_a_message(tmp_path, small_disk):
+def test_a_full_disk_ends_a_training_with_a_message(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY.to_dict()))
-    small_disk(10_000)
-    run = amil("train", "--config", tmp_path / "tiny.json", "--out", tmp_path / "run", "--workers", 0)
+    with full_disk(10_000):
+        run = amil("train", "--config", tmp_path / "tiny.json", "--out", tmp_path / "run", "--workers", 0)
     assert run.exit_code == 2 and "model.safetensors: File too large" in run.output and "Traceback" not in run.output
 
 
-def test_a_full_disk_and_videos(tmp_path, small_disk):
+def test_a_full_disk_and_videos(tmp_path):
     """No truncated video remains; the predictions of all frames do."""
     make.video(tmp_path / "in/a.mp4", frames=30, width=320, height=240)
     make.picture(tmp_path / "in/b.jpg", 40, 30)
@@ -118,8 +119,8 @@ def test_a_full_disk_and_videos(tmp_path, small_disk):
     assert amil(*words).exit_code == 0
     size = (tmp_path / "out/a.mp4").stat().st_size
     (tmp_path / "out/a.mp4").unlink()
-    small_disk(size - 1000)
-    run = amil(*words)
+    with full_disk(size - 1000):
+        run = amil(*words)
     assert run.exit_code == 1 and "a.mp4: overlay not written" in run.output, run.output
     assert "0 unreadable, 1 overlays not written" in " ".join(run.output.split())
     assert sorted(os.listdir(tmp_path / "out")) == ["b.jpg", "predictions.json"]
