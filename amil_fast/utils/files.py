@@ -147,7 +147,7 @@ def publish(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:
     Args:
         folder: created if necessary; files of the same names are replaced, others stay.
         write: called with an empty folder to put the files in. They are flushed to the disk and renamed in the order of
-            their names, so that the last one can vouch for the others.
+            their names, so that the last one can vouch for the others. An OSError names the file in ``folder``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,6 +163,11 @@ def publish(folder: str | os.PathLike, write: Callable[[Path], object]) -> None:
         for path in written:
             os.replace(path, folder / path.name)
         _flush(folder)
+    except OSError as error:
+        if error.strerror is None or error.filename is None:
+            raise
+        name = os.fspath(error.filename).replace(f"{partial}{os.sep}", f"{folder}{os.sep}", 1)
+        raise OSError(error.errno, error.strerror, name) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -15,9 +15,12 @@ import multiprocessing, pathlib, signal, sys, time
 from amil_fast.utils.processes import end_with_parent
 
 def work(path, ignores):
-    if ignores:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with_parent(grace=0.5)
+    def terminate(*_):
+        pathlib.Path("terminated").touch()
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores else terminate)
+    end_with_parent(grace=2)
     pathlib.Path(path).write_text(str(multiprocessing.current_process().pid))
     time.sleep(600)
 
@@ -57,4 +60,4 @@ def test_children_end_with_a_killed_parent(tmp_path):
     left = [child for child in children if alive(child)]
     for child in left:
         os.kill(child, signal.SIGKILL)
-    assert not left
+    assert not left and (tmp_path / "terminated").exists()
