@@ -109,7 +109,7 @@ def test_a_full_disk_ends_a_training_with_a_message(tmp_path):
     with full_disk(10_000):
         run = amil("train", "--config", tmp_path / "tiny.json", "--out", tmp_path / "run", "--workers", 0)
     assert run.exit_code == 2 and "Traceback" not in run.output
-    assert f"Error: {tmp_path / 'run/best/model.safetensors'}: File too large" in run.output
+    assert f"Error: {tmp_path / 'run/last/model.safetensors'}: File too large" in run.output
 
 
 def test_a_full_disk_and_videos(tmp_path):
