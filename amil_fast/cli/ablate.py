@@ -7,9 +7,7 @@ import typer
 from rich.console import Console
 
 from amil_fast.cli.common import (
-    INTERRUPTED,
     change_config,
-    fail,
     print_plain,
     print_written,
     progress_bar,
@@ -50,32 +48,26 @@ def ablate(
 
     Example: `amil ablate --preset lspet-small --root data/lspet --out runs/levels --groups levels,routing`
     """
-    from amil_fast.pose.training import Interrupted, ablation
+    from amil_fast.pose.training import ablation
     from amil_fast.pose.training import preset as get_preset
 
     console = Console(quiet=quiet)
+    if (preset is None) == (config is None):
+        raise ValueError("expected one of --preset and --config")
+    base = get_preset(preset) if preset else read_config(config)
+    options = {"data.root": root, "data.archive": archive, "schedule.epochs": epochs}
+    base = change_config(base, options, settings)
     try:
-        if (preset is None) == (config is None):
-            raise ValueError("expected one of --preset and --config")
-        base = get_preset(preset) if preset else read_config(config)
-        options = {"data.root": root, "data.archive": archive, "schedule.epochs": epochs}
-        base = change_config(base, options, settings)
-        try:
-            numbers = [int(seed) for seed in seeds.split(",")]
-        except ValueError:
-            raise ValueError(f"seeds: expected integers separated by commas, got {seeds!r}") from None
-        rows = ablation.plan(base, groups.split(","), numbers)
-        with progress_bar(console, quiet) as progress:
-            task = progress.add_task("runs", total=None)
-            ablation.run(
-                rows, out, jobs=jobs, on_run=lambda done, total: progress.update(task, completed=done, total=total)
-            )
-        table = ablation.results(rows, out)
-    except Interrupted as stopped:
-        Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)
-        raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(error)
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds: expected integers separated by commas, got {seeds!r}") from None
+    rows = ablation.plan(base, groups.split(","), numbers)
+    with progress_bar(console, quiet) as progress:
+        task = progress.add_task("runs", total=None)
+        ablation.run(
+            rows, out, jobs=jobs, on_run=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    table = ablation.results(rows, out)
     write_json(out / "ablation.json", table, indent=1)
     text = ablation.to_markdown(table)
     write_text(out / "ablation.md", text)

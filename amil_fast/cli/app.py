@@ -6,17 +6,22 @@ from typing import Annotated
 import typer
 
 from amil_fast import environment
-from amil_fast.cli import ablate, mil, train
+from amil_fast.cli import ablate, mil, options, train
+from amil_fast.cli.errors import CommandGroup
 from amil_fast.cli.evaluate import evaluate
 from amil_fast.cli.pack import pack
 from amil_fast.cli.predict import predict
 from amil_fast.cli.show import show
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 
 @app.callback()
-def _root():
+def _root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. Valid for every command.")
+    ] = False,
+):
     """Multiple-instance pooling, heatmap decoding and the AMIL pose model."""
 
 
@@ -39,7 +44,7 @@ ablate.register(app)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for images and scores.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: options.Seed = 0,
     image: Annotated[
         Path | None, typer.Option(help="Photo of one person for the shipped weights; by default Matplotlib's portrait.")
     ] = None,

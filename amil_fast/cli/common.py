@@ -1,35 +1,20 @@
 """Shared parts of the commands: errors, output lines, progress bars, data sets, networks, configurations."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from amil_fast.utils.files import read_json, write_json
+from amil_fast.utils.files import DataError, read_json, write_json
 
-# Exit codes: 0 done, 1 done except for unreadable inputs, 2 not done, 130 interrupted.
-PARTLY, FAILED, INTERRUPTED = 1, 2, 130
 LISTED = 12  # problems and files listed on the terminal; --json contains all
 
 
 def fail(message: object) -> NoReturn:
-    """Ends the command with exit code 2 and a message."""
-    Console(stderr=True, soft_wrap=True).print(f"Error: {message}", markup=False, highlight=False, style="red")
-    raise typer.Exit(FAILED)
-
-
-@contextmanager
-def expected_errors() -> Iterator[None]:
-    """Turns errors of data, files and settings into a message; other exceptions keep their traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(error)
+    """Ends the command with exit code 2 and a message (:mod:`amil_fast.cli.errors`)."""
+    raise ValueError(str(message))
 
 
 def print_plain(console: Console, text: str) -> None:
@@ -46,9 +31,8 @@ def write_result(console: Console, path: Path | None, content: dict) -> None:
     """Writes the result of a command to ``--json``, if given."""
     if path is None:
         return
-    with expected_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
     print_written(console, path)
 
 
@@ -97,8 +81,8 @@ def make_predictor(
         raise ValueError(f"refine: expected one of {', '.join(REFINEMENTS)}, got {refine!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros((), device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, ImportError, ValueError, TypeError) as error:
         raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     if model is not None and "" not in sys.path:
         sys.path.insert(0, "")  # modules in the current folder, as for `python -m`
@@ -118,7 +102,11 @@ def read_config(path):
     """The :class:`~amil_fast.pose.training.config.TrainConfig` in a ``train.json``."""
     from amil_fast.pose.training.config import from_dict
 
-    return from_dict(read_json(path))
+    content = read_json(path, dict, "a training configuration")
+    try:
+        return from_dict(content)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def change_config(config, options, settings):

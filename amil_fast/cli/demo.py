@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from amil_fast.cli.common import fail, print_written, progress_bar
+from amil_fast.cli.common import print_written, progress_bar
 from amil_fast.mil import demo as mil_demo
 
 _EPOCHS = 30
@@ -12,13 +12,8 @@ _EPOCHS = 30
 def show_demo(folder, seed, image=None):
     """Runs both demos; ``image``: photo for the shipped weights."""
     console = Console()
-    try:
-        _show_bags(console, folder, seed)
-        _show_figures(console, folder, seed, image)
-    except OSError as error:
-        fail(f"{folder}: cannot be written: {error.strerror}")
-    except ValueError as error:
-        fail(error)
+    _show_bags(console, folder, seed)
+    _show_figures(console, folder, seed, image)
 
 
 def _show_bags(console, folder, seed):

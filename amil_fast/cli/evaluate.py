@@ -11,7 +11,6 @@ from rich.table import Table
 
 from amil_fast.cli import options
 from amil_fast.cli.common import (
-    expected_errors,
     fail,
     load_people,
     make_predictor,
@@ -84,44 +83,42 @@ def evaluate(
         fail("expected either --dataset or --ground-truth, got both")
     left_out: list = []
     extra: dict[str, float] = {}
-    with expected_errors():
-        if pair.count(",") > 1:
-            raise ValueError(f"pair: expected paper, lsp, or two joints separated by a comma, got {pair!r}")
-        if dataset is not None:
-            check_images = predictions is None or pictures is not None
-            people = load_people(dataset, root, split, skip_bad, crop, check_images=check_images)
-            left_out = people.left_out
-            truth = GroundTruth.of(people)
-        else:
-            truth = _ground_truth(ground_truth or predictions, skeleton, required=ground_truth is not None)
-        if predictions is not None:
-            found = read_predictions(predictions, truth)
-        elif truth.annotations is not None:
-            people = truth.annotations
-            predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device)
-            began = time.perf_counter()
-            with progress_bar(console, quiet) as progress:
-                task = progress.add_task("crops", total=passes * len(people))
-                found = predict_people(
-                    predictor,
-                    people,
-                    batch_size=batch_size,
-                    passes=passes,
-                    on_progress=lambda count: progress.advance(task, count),
-                )
-            extra = {"images_per_second": len(people) / (time.perf_counter() - began)}
-            console.print(f"{extra['images_per_second']:.1f} images/s", highlight=False)
-        first, comma, second = pair.partition(",")
-        joints = (first.strip(), second.strip()) if comma else pair
-        result = score(found, truth, metric=metric, pair=joints, either=either)
+    if pair.count(",") > 1:
+        raise ValueError(f"pair: expected paper, lsp, or two joints separated by a comma, got {pair!r}")
+    if dataset is not None:
+        check_images = predictions is None or pictures is not None
+        people = load_people(dataset, root, split, skip_bad, crop, check_images=check_images)
+        left_out = people.left_out
+        truth = GroundTruth.of(people)
+    else:
+        truth = _ground_truth(ground_truth or predictions, skeleton, required=ground_truth is not None)
+    if predictions is not None:
+        found = read_predictions(predictions, truth)
+    elif truth.annotations is not None:
+        people = truth.annotations
+        predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device)
+        began = time.perf_counter()
+        with progress_bar(console, quiet) as progress:
+            task = progress.add_task("crops", total=passes * len(people))
+            found = predict_people(
+                predictor,
+                people,
+                batch_size=batch_size,
+                passes=passes,
+                on_progress=lambda count: progress.advance(task, count),
+            )
+        extra = {"images_per_second": len(people) / (time.perf_counter() - began)}
+        console.print(f"{extra['images_per_second']:.1f} images/s", highlight=False)
+    first, comma, second = pair.partition(",")
+    joints = (first.strip(), second.strip()) if comma else pair
+    result = score(found, truth, metric=metric, pair=joints, either=either)
     if not result.summary["samples"]:
         fail("no sample has the keypoints that normalize this metric (try --either)")
     console.print(_table(result))
     print_left_out(console, left_out)
     if pictures is not None:
-        with expected_errors():
-            for path in _write_pictures(pictures, result, truth, found):
-                print_written(console, path)
+        for path in _write_pictures(pictures, result, truth, found):
+            print_written(console, path)
     write_result(console, json_file, {**result.summary, **extra, "left_out": [str(problem) for problem in left_out]})
 
 
@@ -170,10 +167,9 @@ def _cell(value):
 
 def _write_pictures(folder, result, truth, found):
     """Writes curves, confusion matrix, histograms and samples; returns the files."""
-    import cv2
-
     from amil_fast.metrics.modules import HEADLINE_THRESHOLDS
     from amil_fast.pose.data.dataset import PoseDataset
+    from amil_fast.pose.data.files import encode_image
     from amil_fast.pose.visualization import comparison_sheet, plot_confusion, plot_curves, plot_errors
     from amil_fast.utils.files import write_bytes
 
@@ -202,7 +198,6 @@ def _write_pictures(folder, result, truth, found):
             number=5,
             heading=f"Mean joint error in units of the {unit}; each pair: ground truth, prediction",
         )
-        jpeg = cv2.imencode(".jpg", sheet, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-        write_bytes(folder / "samples.jpg", jpeg)
+        write_bytes(folder / "samples.jpg", encode_image(sheet, ".jpg"))
         written.append(folder / "samples.jpg")
     return written

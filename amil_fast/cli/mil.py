@@ -104,14 +104,13 @@ def cv(
     base = PAPER_SETTINGS if paper else _DEFAULT
     if labels is not None or data.is_dir():
         given = options.given_settings(context, TrainSettings)
-        with options.mil_errors():
-            if out is None:
-                raise ValueError("out: expected a folder for the results (--out)")
-            train_settings = TrainSettings(**{**dataclasses.asdict(base), "tensorboard": False, **given})
-            console = options.main_console(quiet)
-            _cv_of_own_bags(
-                console, quiet, data, labels, out, train_settings, folds, repetitions, resamples, resume, json_file
-            )
+        if out is None:
+            raise ValueError("out: expected a folder for the results (--out)")
+        train_settings = TrainSettings(**{**dataclasses.asdict(base), "tensorboard": False, **given})
+        console = options.main_console(quiet)
+        _cv_of_own_bags(
+            console, quiet, data, labels, out, train_settings, folds, repetitions, resamples, resume, json_file
+        )
         return
     console = Console(quiet=quiet)
     try:
@@ -198,32 +197,27 @@ def study(
     """
     changes = {"seed": seed} | ({} if epochs is None else {"epochs": epochs})
     console = Console(quiet=quiet)
-    try:
-        rows = mil_study.study_rows(group or ("pooling", "network", "ingredients"), **changes)
-        files = {path.stem: load_bags(path) for path in data}
-        if len(files) < len(data):
-            raise ValueError("data: expected files with different names")
-        out.mkdir(parents=True, exist_ok=True)
-        with progress_bar(console, quiet) as progress:
-            task = progress.add_task("", total=None)
-            content = mil_study.run_study(
-                files,
-                rows,
-                out / "study.json",
-                repetitions=repetitions,
-                on_row=lambda done, total, label: progress.update(
-                    task,
-                    completed=done,
-                    total=total,
-                    description=label.replace("[", r"\["),  # not Rich markup
-                ),
-            )
-        table = mil_study.complete_rows(files, rows, content, repetitions)
-        write_text(out / "study.md", mil_study.to_markdown(table))
-        mil_study.draw(out / "study.png", table)
-    except ValueError as error:
-        fail(error)
-    except OSError as error:
-        fail(f"{out}: {error}")
+    rows = mil_study.study_rows(group or ("pooling", "network", "ingredients"), **changes)
+    files = {path.stem: load_bags(path) for path in data}
+    if len(files) < len(data):
+        raise ValueError("data: expected files with different names")
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(console, quiet) as progress:
+        task = progress.add_task("", total=None)
+        content = mil_study.run_study(
+            files,
+            rows,
+            out / "study.json",
+            repetitions=repetitions,
+            on_row=lambda done, total, label: progress.update(
+                task,
+                completed=done,
+                total=total,
+                description=label.replace("[", r"\["),  # not Rich markup
+            ),
+        )
+    table = mil_study.complete_rows(files, rows, content, repetitions)
+    write_text(out / "study.md", mil_study.to_markdown(table))
+    mil_study.draw(out / "study.png", table)
     print_plain(console, mil_study.to_markdown(table))
     print_plain(console, f"written: {out / 'study.json'}, study.md, study.png")

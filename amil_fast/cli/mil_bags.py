@@ -78,62 +78,61 @@ def train(
     Example: `torchrun --nproc-per-node 2 -m amil_fast.cli mil train features/ --labels labels.csv --out runs/two`
     """
     console = options.main_console(quiet)
-    with options.mil_errors():
-        settings = TrainSettings(**options.given_settings(context, TrainSettings))
-        labeled = load_labeled_bags(bags, labels)
-        targets = make_targets(labeled.labels, settings.task, positive=settings.positive)
-        print_plain(console, describe(bags, labeled, targets))
-        given = labeled.in_split("val")
-        with options.shown_progress(console, quiet) as show:
-            run = BagTraining(
-                labeled,
-                targets,
-                labeled.in_split("train"),
-                out,
-                settings,
-                validation=given if len(given) else None,
-                resume=resume,
-                on_progress=show,
-                on_message=lambda text: print_plain(console, text),
-            )
-            summary = run.run()
-            found = predict_bags(
-                run.net,
-                labeled.source,
-                max_instances=max_instances,
-                workers=workers,
-                accelerator=run.accelerator,
-                on_batch=lambda done, total: show("prediction", done, total),
-            )
-        if not run.main:
-            return
-        parts = np.full(len(labeled.labels), "", dtype=object)
-        for name, part in (("train", run.train), ("validation", run.validation), ("test", labeled.in_split("test"))):
-            parts[part] = name
-        reports.write_predictions(
-            out / reports.PREDICTIONS,
-            found,
-            targets.task,
-            targets.names,
-            threshold=run.net.threshold,
-            labels=labeled.labels,
-            columns={"part": parts.tolist()},
+    settings = TrainSettings(**options.given_settings(context, TrainSettings))
+    labeled = load_labeled_bags(bags, labels)
+    targets = make_targets(labeled.labels, settings.task, positive=settings.positive)
+    print_plain(console, describe(bags, labeled, targets))
+    given = labeled.in_split("val")
+    with options.shown_progress(console, quiet) as show:
+        run = BagTraining(
+            labeled,
+            targets,
+            labeled.in_split("train"),
+            out,
+            settings,
+            validation=given if len(given) else None,
+            resume=resume,
+            on_progress=show,
+            on_message=lambda text: print_plain(console, text),
         )
-        best = summary["best"]
-        print_plain(
-            console,
-            f"{summary['epochs']} epochs in {summary['seconds']:.0f} s"
-            + (f", best epoch {best['epoch']}" if best else "")
-            + (f"; threshold {summary['threshold']:.3f}" if targets.names and len(targets.names) == 2 else ""),
+        summary = run.run()
+        found = predict_bags(
+            run.net,
+            labeled.source,
+            max_instances=max_instances,
+            workers=workers,
+            accelerator=run.accelerator,
+            on_batch=lambda done, total: show("prediction", done, total),
         )
-        scored = "test" if "test" in parts else "validation"
-        chosen = np.flatnonzero(parts == scored)
-        if len(chosen):
-            note = "" if scored == "test" else ", which chose the epoch and the threshold: optimistic"
-            print_plain(console, f"{scored} part of {len(chosen)} bags{note}")
-            _score(console, out, run.net, labeled, targets, found.scores, chosen, resamples, f"{scored} part")
-        _warn(console, found, run.net, targets, run)
-        print_written(console, out)
+    if not run.main:
+        return
+    parts = np.full(len(labeled.labels), "", dtype=object)
+    for name, part in (("train", run.train), ("validation", run.validation), ("test", labeled.in_split("test"))):
+        parts[part] = name
+    reports.write_predictions(
+        out / reports.PREDICTIONS,
+        found,
+        targets.task,
+        targets.names,
+        threshold=run.net.threshold,
+        labels=labeled.labels,
+        columns={"part": parts.tolist()},
+    )
+    best = summary["best"]
+    print_plain(
+        console,
+        f"{summary['epochs']} epochs in {summary['seconds']:.0f} s"
+        + (f", best epoch {best['epoch']}" if best else "")
+        + (f"; threshold {summary['threshold']:.3f}" if targets.names and len(targets.names) == 2 else ""),
+    )
+    scored = "test" if "test" in parts else "validation"
+    chosen = np.flatnonzero(parts == scored)
+    if len(chosen):
+        note = "" if scored == "test" else ", which chose the epoch and the threshold: optimistic"
+        print_plain(console, f"{scored} part of {len(chosen)} bags{note}")
+        _score(console, out, run.net, labeled, targets, found.scores, chosen, resamples, f"{scored} part")
+    _warn(console, found, run.net, targets, run)
+    print_written(console, out)
 
 
 def predict(
@@ -153,15 +152,14 @@ def predict(
     Example: `amil mil predict runs/mine new_features/ --out new.csv`
     """
     console = options.main_console(quiet)
-    with options.mil_errors():
-        labeled = load_labeled_bags(bags, labels, need_labels=False)
-        net = _load(model, device)
-        found = _predicted(console, quiet, net, labeled, None, max_instances, workers)
-        given = labeled.labels if any(label is not None for label in labeled.labels) else None
-        out.parent.mkdir(parents=True, exist_ok=True)
-        reports.write_predictions(out, found, net.task, net.label_names, threshold=net.threshold, labels=given)
-        _warn(console, found, net)
-        print_written(console, out)
+    labeled = load_labeled_bags(bags, labels, need_labels=False)
+    net = _load(model, device)
+    found = _predicted(console, quiet, net, labeled, None, max_instances, workers)
+    given = labeled.labels if any(label is not None for label in labeled.labels) else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reports.write_predictions(out, found, net.task, net.label_names, threshold=net.threshold, labels=given)
+    _warn(console, found, net)
+    print_written(console, out)
 
 
 def evaluate(
@@ -188,30 +186,29 @@ def evaluate(
     from amil_fast.cli.common import write_result
 
     console = options.main_console(quiet)
-    with options.mil_errors():
-        labeled = load_labeled_bags(bags, labels)
-        net = _load(model, device)
-        task = "classification" if net.task == "one_vs_rest" else net.task
-        targets = make_targets(labeled.labels, task, names=None if task == "regression" else _class_names(net))
-        chosen = np.arange(len(labeled.labels)) if split is None else labeled.in_split(split)
-        if not len(chosen):
-            raise ValueError(f"split: expected bags in {split!r}, found none")
-        found = _predicted(console, quiet, net, labeled, chosen, max_instances, workers)
-        out.mkdir(parents=True, exist_ok=True)
-        reports.write_predictions(
-            out / reports.PREDICTIONS,
-            found,
-            net.task,
-            net.label_names,
-            threshold=net.threshold,
-            labels=[labeled.labels[i] for i in chosen],
-        )
-        scores = np.zeros((len(labeled.labels), *found.scores.shape[1:]), dtype=np.float32)
-        scores[chosen] = found.scores
-        result = _score(console, out, net, labeled, targets, scores, chosen, resamples, split or "all bags")
-        _warn(console, found, net)
-        write_result(console, json_file, result)
-        print_written(console, out)
+    labeled = load_labeled_bags(bags, labels)
+    net = _load(model, device)
+    task = "classification" if net.task == "one_vs_rest" else net.task
+    targets = make_targets(labeled.labels, task, names=None if task == "regression" else _class_names(net))
+    chosen = np.arange(len(labeled.labels)) if split is None else labeled.in_split(split)
+    if not len(chosen):
+        raise ValueError(f"split: expected bags in {split!r}, found none")
+    found = _predicted(console, quiet, net, labeled, chosen, max_instances, workers)
+    out.mkdir(parents=True, exist_ok=True)
+    reports.write_predictions(
+        out / reports.PREDICTIONS,
+        found,
+        net.task,
+        net.label_names,
+        threshold=net.threshold,
+        labels=[labeled.labels[i] for i in chosen],
+    )
+    scores = np.zeros((len(labeled.labels), *found.scores.shape[1:]), dtype=np.float32)
+    scores[chosen] = found.scores
+    result = _score(console, out, net, labeled, targets, scores, chosen, resamples, split or "all bags")
+    _warn(console, found, net)
+    write_result(console, json_file, result)
+    print_written(console, out)
 
 
 def describe(path: Path, labeled: LabeledBags, targets: Targets) -> str:

@@ -9,10 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from amil_fast.cli.common import fail, progress_bar
+from amil_fast.cli.common import progress_bar
 from amil_fast.mil.settings import MilSettings
-from amil_fast.utils.optional import MissingDependency
-from amil_fast.utils.signals import Interrupted
 
 # Architecture and training: the fields of MilSettings.
 Pooling = Annotated[str, typer.Option(help="adjust, mean, max, lse, attention or gated_attention.")]
@@ -60,20 +58,6 @@ TrainDevice = Annotated[str | None, typer.Option("--device", help="cpu; by defau
 Tensorboard = Annotated[bool, typer.Option(help="Write TensorBoard events.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue in the folder --out.")]
 Resamples = Annotated[int, typer.Option(min=0, help="Bootstrap resamples for the intervals; 0: no intervals.")]
-
-
-@contextmanager
-def mil_errors() -> Iterator[None]:
-    """Turns errors of data, files, settings and missing packages into a message; an interruption into exit code 130."""
-    from amil_fast.cli.common import INTERRUPTED
-
-    try:
-        yield
-    except Interrupted as stopped:
-        Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)
-        raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, OSError, MissingDependency) as error:
-        fail(error)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from amil_fast.utils.limits import MAX_CROP, MAX_SEED
+
 Dataset = Annotated[str | None, typer.Option(help="lsp, lspet, mpii (HRNet's JSON), mpii-mat (official file) or coco.")]
 Root = Annotated[Path | None, typer.Option(help="Folder of the data set, in its published layout.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data set, such as train, val, test, valid, val2017.")]
@@ -26,9 +28,10 @@ SkeletonName = Annotated[
     str | None, typer.Option("--skeleton", help="lsp14, mpii16 or coco17, for networks without this attribute.")
 ]
 Size = Annotated[
-    int | None, typer.Option(min=16, help="Side of the crops in pixels, for networks without this attribute.")
+    int | None,
+    typer.Option(min=16, max=MAX_CROP, help="Side of the crops in pixels, for networks without this attribute."),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Crops per call of the network.")]
+Batch = Annotated[int, typer.Option(min=1, max=4096, help="Crops per call of the network.")]
 FlipTest = Annotated[
     bool,
     typer.Option(
@@ -38,8 +41,11 @@ FlipTest = Annotated[
 Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]
 Passes = Annotated[
     int,
-    typer.Option(min=1, help="2: two-stage prediction on whole images, on a crop around the joints of the first pass."),
+    typer.Option(
+        min=1, max=10, help="2: two-stage prediction on whole images, on a crop around the joints of the first pass."
+    ),
 ]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda if available.")]
 Archive = Annotated[
     Path | None, typer.Option("--archive", "--packed", help="Crop archive written by `amil pack`, instead of --root.")

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from amil_fast.cli import options
 from amil_fast.cli.common import (
-    expected_errors,
     fail,
     load_people,
     print_left_out,
@@ -17,6 +16,7 @@ from amil_fast.cli.common import (
     progress_bar,
     write_result,
 )
+from amil_fast.utils.limits import MAX_CROP
 
 
 def pack(
@@ -24,11 +24,13 @@ def pack(
     dataset: options.Dataset = None,
     root: options.Root = None,
     split: options.Split = None,
-    size: Annotated[int, typer.Option(min=16, help="Side of the crops in pixels.")] = 192,
+    size: Annotated[int, typer.Option(min=16, max=MAX_CROP, help="Side of the crops in pixels.")] = 192,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 76,
     room: Annotated[
         float | None,
-        typer.Option(help="Side of the stored image in units of the crop; by default 1.3, and 1 for whole images."),
+        typer.Option(
+            min=1, max=16, help="Side of the stored image in units of the crop; by default 1.3, and 1 for whole images."
+        ),
     ] = None,
     crop: options.Crop = None,
     skip_bad: options.SkipBad = False,
@@ -44,7 +46,7 @@ def pack(
     console = Console(quiet=quiet)
     if dataset is None:
         fail("expected --dataset and --root")
-    with expected_errors(), progress_bar(console, quiet) as progress:
+    with progress_bar(console, quiet) as progress:
         people = load_people(dataset, root, split, skip_bad, crop, training=True)
         task = progress.add_task("crops", total=len(people))
         out.parent.mkdir(parents=True, exist_ok=True)

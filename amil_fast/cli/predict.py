@@ -8,16 +8,14 @@ from rich.console import Console
 
 from amil_fast.cli import options
 from amil_fast.cli.common import (
-    INTERRUPTED,
     LISTED,
-    PARTLY,
-    expected_errors,
     make_predictor,
     print_plain,
     print_written,
     progress_bar,
     write_result,
 )
+from amil_fast.cli.errors import INTERRUPTED, PARTLY
 
 
 def predict(
@@ -42,9 +40,9 @@ def predict(
 ):
     """Predict the joints of people in images and videos.
 
-    Writes `predictions.json` (COCO results, with bounding box and file name) and overlays. Unreadable inputs are
-    reported, the others processed. Exit codes: 0 done, 1 done except for unreadable inputs, 2 not done, 130 interrupted
-    (complete files are kept).
+    Writes `predictions.json` (COCO results, with bounding box and file name) and overlays. Unreadable inputs, and those
+    with more than 2^27 pixels (11,585 x 11,585), are reported, the others processed. Exit codes: 0 done, 1 done except
+    for unreadable inputs and overlays that could not be written, 2 not done, 130 interrupted (complete files are kept).
 
     `--boxes`: an object `{"photo.jpg": [[x, y, width, height], ...]}`, or a list of rows with `bbox` and `file_name`
     or `image_id`, and `frame` for videos.
@@ -58,7 +56,7 @@ def predict(
     from amil_fast.pose.inference.predict import predict as run
 
     console, errors = Console(quiet=quiet), Console(stderr=True, soft_wrap=True)
-    with expected_errors(), progress_bar(console, quiet) as progress:
+    with progress_bar(console, quiet) as progress:
         predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device)
         task = progress.add_task("images", total=None)
         summary = run(
@@ -71,7 +69,7 @@ def predict(
             min_score=min_score,
             passes=passes,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            on_problem=lambda text: print_plain(errors, f"unreadable: {text}"),
+            on_problem=lambda text: print_plain(errors, f"failed: {text}"),
         )
     for path in summary.written[:LISTED]:
         print_written(console, path)
@@ -82,7 +80,7 @@ def predict(
         console,
         f"{summary.images} images, {summary.people} people in {summary.seconds:.1f} s: "
         f"{summary.images_per_second:.1f} images/s ({share:.0%} of the time in network and decoder); "
-        f"{len(summary.unreadable)} unreadable",
+        f"{len(summary.unreadable)} unreadable, {len(summary.not_written)} overlays not written",
     )
     content = {
         "images": summary.images,
@@ -91,6 +89,7 @@ def predict(
         "images_per_second": summary.images_per_second,
         "network_seconds": summary.network_seconds,
         "unreadable": summary.unreadable,
+        "not_written": summary.not_written,
         "written": [str(path) for path in summary.written],
         "interrupted": summary.interrupted,
     }
@@ -98,5 +97,5 @@ def predict(
     if summary.interrupted:
         print_plain(errors, "interrupted: predictions.json holds the images processed before")
         raise typer.Exit(INTERRUPTED)
-    if summary.unreadable:
+    if summary.unreadable or summary.not_written:
         raise typer.Exit(PARTLY)

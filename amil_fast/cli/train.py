@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from amil_fast.cli.common import INTERRUPTED, change_config, fail, print_plain, print_written, read_config
+from amil_fast.cli.common import change_config, print_plain, print_written, read_config
 
 
 def register(app):
@@ -60,51 +60,45 @@ def train(
 
     Example: `torchrun --nproc-per-node 2 -m amil_fast.cli train --preset lspet-small --archive lspet.pack --out two`
     """
-    from amil_fast.pose.training import Interrupted, NotFinite, TrainConfig, from_dict
+    from amil_fast.pose.training import TrainConfig, from_dict
     from amil_fast.pose.training import preset as get_preset
     from amil_fast.pose.training import train as run
-    from amil_fast.utils.training_state import STATE, load_state
+    from amil_fast.utils.training_state import STATE, load_config
 
     console = Console(quiet=quiet)
-    try:
-        if preset is not None and config is not None:
-            raise ValueError("expected --preset or --config, got both")
-        if resume and (out / "last" / STATE).is_file():
-            chosen = from_dict(load_state(out / "last")[1]["config"])
-        elif config is not None:
-            chosen = read_config(config)
-        elif preset is not None:
-            chosen = get_preset(preset)
-        else:
-            chosen = TrainConfig()
-        if adversarial is False:
-            chosen = chosen.override({"discriminator": None})
-        elif adversarial and chosen.discriminator is None:
-            chosen = chosen.override({"discriminator": {}})
-        options = {
-            "data.dataset": dataset,
-            "data.root": root,
-            "data.archive": archive,
-            "data.batch_size": batch_size,
-            "data.input_size": input_size,
-            "data.workers": workers,
-            "generator.pooling": pooling,
-            "discriminator.pooling": pooling if chosen.discriminator else None,
-            "generator.blocks": blocks,
-            "optimizer.lr": lr,
-            "schedule.epochs": epochs,
-            "run.precision": precision,
-            "run.seed": seed,
-            "run.init": init,
-            "run.checkpoint_minutes": checkpoint_minutes,
-        }
-        chosen = change_config(chosen, options, settings)
-        summary = run(chosen, out, console, resume=resume)
-    except Interrupted as stopped:
-        Console(stderr=True, soft_wrap=True).print(str(stopped), markup=False, highlight=False)
-        raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, OSError, NotFinite) as error:
-        fail(error)
+    if preset is not None and config is not None:
+        raise ValueError("expected --preset or --config, got both")
+    if resume and (out / "last" / STATE).is_file():
+        chosen = from_dict(load_config(out / "last"))
+    elif config is not None:
+        chosen = read_config(config)
+    elif preset is not None:
+        chosen = get_preset(preset)
+    else:
+        chosen = TrainConfig()
+    if adversarial is False:
+        chosen = chosen.override({"discriminator": None})
+    elif adversarial and chosen.discriminator is None:
+        chosen = chosen.override({"discriminator": {}})
+    options = {
+        "data.dataset": dataset,
+        "data.root": root,
+        "data.archive": archive,
+        "data.batch_size": batch_size,
+        "data.input_size": input_size,
+        "data.workers": workers,
+        "generator.pooling": pooling,
+        "discriminator.pooling": pooling if chosen.discriminator else None,
+        "generator.blocks": blocks,
+        "optimizer.lr": lr,
+        "schedule.epochs": epochs,
+        "run.precision": precision,
+        "run.seed": seed,
+        "run.init": init,
+        "run.checkpoint_minutes": checkpoint_minutes,
+    }
+    chosen = change_config(chosen, options, settings)
+    summary = run(chosen, out, console, resume=resume)
     if summary is not None:
         _show(console, summary, out)
 

@@ -1,17 +1,15 @@
 """Bag files: multiple-instance data sets as one ``.npz`` with bags in compressed (CSR) form."""
 
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from amil_fast.utils.files import DataError, atomic_path
+from amil_fast.utils.numpy_files import read_npz
 
 _ENTRIES = ("features", "offsets", "labels", "folds")
-_EXPECTED = f"expected a bag file: an .npz archive with the entries {', '.join(_ENTRIES)}"
+_EXPECTED = f"a bag file: an .npz archive with the entries {', '.join(_ENTRIES)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,31 +47,7 @@ def load_bags(path: str | os.PathLike) -> BagData:
     Raises:
         DataError: with the names of file and entry, what was expected and what was found. Nothing is unpickled.
     """
-    path = Path(path)
-    try:
-        if not zipfile.is_zipfile(path):
-            path.open("rb").close()  # the error of a file that cannot be opened
-            raise DataError(f"{path}: {_EXPECTED}")
-        with np.load(path, allow_pickle=False) as file:
-            entries = {name: _read_entry(path, file, name) for name in _ENTRIES}
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{path}: cannot be read: {reason}") from error
-    return check_bag_data(**entries, source=str(path))
-
-
-def _read_entry(path, file, name):
-    if name not in file:
-        found = ", ".join(sorted(file.files)) or "nothing"
-        raise DataError(f"{path}: entry {name!r} is missing (found: {found})")
-    try:
-        return file[name]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        # NumPy's own message recommends unpickling.
-        reason = "an array of Python objects" if "allow_pickle" in str(error) else str(error)
-        raise DataError(f"{path}: entry {name!r}: expected an array of numbers, got {reason}") from error
+    return check_bag_data(**read_npz(path, _ENTRIES, _EXPECTED), source=str(path))
 
 
 def check_bag_data(
@@ -106,9 +80,9 @@ def check_bag_data(
     expect(offsets[0] == 0, "offsets", "the first value to be 0", f"{offsets[0]}")
     rows = features.shape[0]
     expect(offsets[-1] == rows, "offsets", f"the last value to be the {rows} rows of features", f"{offsets[-1]}")
-    falling = offsets[1:] < offsets[:-1]  # compared, not subtracted: a difference can overflow
-    if falling.any():
-        bad = int(np.argmax(falling))
+    decreasing = offsets[1:] < offsets[:-1]  # a difference of int64 values can wrap around
+    if decreasing.any():
+        bad = int(np.argmax(decreasing))
         expect(False, "offsets", "non-decreasing values", f"{offsets[bad]} then {offsets[bad + 1]} at {bad}")
 
     num_bags = offsets.shape[0] - 1

@@ -1,12 +1,14 @@
 """Settings of a bag classifier and its training."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from amil_fast.mil.labels import TASKS
 from amil_fast.nn import POOLINGS
 from amil_fast.nn.feature_normalization import NORMALIZATIONS
+from amil_fast.utils.limits import MAX_COUNT, MAX_DEPTH, MAX_ITERS, MAX_SEED, MAX_WIDTH
 
 SCHEDULES = ("constant", "cosine")  # cosine: linear warm-up over a twentieth of the steps, then half a cosine to 0
 # bce: cross-entropy of every level's score; margin: Eq. 6 on the lengths of the pooled vectors, which then are the
@@ -81,14 +83,20 @@ class MilSettings:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("num_iters", "hidden", "depth", "epochs", "batch_size", "ensemble"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least, most in (
+            ("num_iters", 1, MAX_ITERS),
+            ("hidden", 1, MAX_WIDTH),
+            ("depth", 1, MAX_DEPTH),
+            *((name, 1, MAX_COUNT) for name in ("epochs", "batch_size", "ensemble")),
+            ("seed", 0, MAX_SEED),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: expected {least} to {most}, got {getattr(self, name)}")
         for name in ("lr", "instance_scale"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("weight_decay", "instance_norm", "soft_clip"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.kernel_weight <= 1:
             raise ValueError(f"kernel_weight: expected a number in [0, 1], got {self.kernel_weight}")

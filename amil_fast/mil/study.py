@@ -116,8 +116,8 @@ def run_study(
         DataError: ``path`` exists and does not contain results of a study.
     """
     path = Path(path)
-    content = read_json(path) if path.exists() else {"results": {}}
-    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
+    content = read_json(path, dict, "the results of a study") if path.exists() else {"results": {}}
+    if not isinstance(content.get("results"), dict):
         raise DataError(f"{path}: expected the results of a study: an object with the entry 'results'")
     tasks = [(name, row) for row in rows for name in files]
     for number, (name, row) in enumerate(tasks):

@@ -20,9 +20,10 @@ from amil_fast.mil.settings import TrainSettings
 from amil_fast.mil.step_loss import bag_losses, class_weights, score_losses
 from amil_fast.mil.training_setup import inner_split, make_accelerator, make_network
 from amil_fast.nn import FeatureStatistics
+from amil_fast.utils.errors import Interrupted
 from amil_fast.utils.files import publish, write_json
 from amil_fast.utils.optional import require
-from amil_fast.utils.signals import Interrupted, StopRequest
+from amil_fast.utils.signals import StopRequest
 from amil_fast.utils.training_state import (
     STATE,
     load_optimizer,

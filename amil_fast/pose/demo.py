@@ -12,7 +12,7 @@ from amil_fast.pose import PoseDiscriminator, PoseGenerator, error_map
 from amil_fast.pose.codec import crop_matrix, encode_targets
 from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.augment import warp_crop
-from amil_fast.pose.data.files import read_image
+from amil_fast.pose.data.files import encode_image, read_image
 from amil_fast.pose.evaluation import GroundTruth, score, scores_of_groups
 from amil_fast.pose.evaluation.evaluate import TRUTH_FIELDS, predict_batches
 from amil_fast.pose.inference.predictor import Predictor, load_model
@@ -84,7 +84,7 @@ def run(folder, console, *, seed=0, image=None, changes=None):
         "photo.jpg": photo(image),
     }
     for name, picture in sheets.items():
-        write_bytes(folder / name, cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+        write_bytes(folder / name, encode_image(picture, ".jpg"))
     scores = {
         "data": "synthetic figures",
         "figures": len(figures),

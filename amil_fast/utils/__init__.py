@@ -1,1 +1,1 @@
-"""File and checkpoint utilities without dependencies on the rest of the package."""
+"""Files, exceptions and processes: utilities without dependencies on the rest of the package."""

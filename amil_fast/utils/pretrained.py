@@ -3,14 +3,18 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from amil_fast.utils.files import publish, read_json, write_json
+from amil_fast.utils.files import DataError, brief, check_version, publish, read_json, write_json
 from amil_fast.utils.optional import require
+from amil_fast.utils.tensor_files import read_tensors, tensor_shapes, write_tensors
 
 VERSION = 1
 
@@ -34,9 +38,7 @@ def save(
         dtype: dtype of the stored floating-point tensors; None keeps each tensor's own.
         notes: JSON-serializable, stored beside the arguments.
     """
-    from safetensors.torch import save_file
-
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = model.state_dict()
     if dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     config = {"format": kind, "version": VERSION, "arguments": model.config}
@@ -45,7 +47,7 @@ def save(
 
     def write(partial: Path) -> None:
         write_json(partial / "config.json", config)
-        save_file(state, partial / "model.safetensors")
+        write_tensors(partial / "model.safetensors", state)
 
     publish(folder, write)
 
@@ -62,34 +64,39 @@ def load(build: Callable[..., _Module], path: str | os.PathLike, kind: str) -> _
         The model with the stored weights, float32, in evaluation mode.
 
     Raises:
-        ValueError: missing or damaged files, another kind or a newer version, or arguments and weights that do not
+        DataError: missing or damaged files, another kind or a newer version, or arguments and weights that do not
             match.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path)
     folder = path.parent if path.name == "model.safetensors" else path
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder}: expected a folder with config.json and model.safetensors, {file} is missing")
-    source = folder / "config.json"
-    config = read_json(source)
-    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
-        raise ValueError(f"{source}: expected a JSON object with 'format', 'version' and 'arguments'")
+            raise DataError(f"{folder}: expected a folder with config.json and model.safetensors, {file} is missing")
+    source, weights = folder / "config.json", folder / "model.safetensors"
+    config = read_json(source, dict, "a JSON object with 'format', 'version' and 'arguments'")
     if config.get("format") != kind:
-        raise ValueError(f"{source}: format: expected {kind!r}, got {config.get('format')!r}")
-    if config.get("version", 0) > VERSION:
-        raise ValueError(f"{source}: version: expected at most {VERSION}, got {config['version']}; update amil_fast")
+        raise DataError(f"{source}: format: expected {kind!r}, got {brief(config.get('format'))}")
+    check_version(config.get("version"), VERSION, source)
+    arguments = config.get("arguments")
+    if not isinstance(arguments, dict):
+        raise DataError(f"{source}: arguments: expected a JSON object, got {brief(arguments)}")
+    shapes, what = tensor_shapes(weights), f"expected the files of a model of format {kind!r}"
     try:
-        model = build(**config["arguments"])
-        state = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in load_file(folder / "model.safetensors").items()
-        }
-        model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: expected the files of a model of format {kind!r}: {error}") from None
+        # First without memory: damaged arguments may describe a model of any size.
+        with torch.device("meta"), _limit_parameters(len(shapes)):
+            expected = build(**arguments).state_dict()
+    except Exception as error:  # the constructor's own, for arguments of any type and value
+        raise DataError(f"{folder}: {what}: {_reason(error)}") from None
+    for name in expected.keys() | shapes.keys():
+        found, wanted = shapes.get(name), tuple(expected[name].shape) if name in expected else None
+        if found != wanted:
+            texts = ("none" if shape is None else f"shape {shape}" for shape in (wanted, found))
+            raise DataError("{}: {}: {}: expected {} as in config.json, got {}".format(folder, what, name, *texts))
+    model = build(**arguments)
+    state = {
+        name: value.float() if value.is_floating_point() else value for name, value in read_tensors(weights)[0].items()
+    }
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -113,3 +120,26 @@ def push(save_to: Callable[[Path], object], repository: str, **options: Any) -> 
         save_to(Path(folder))
         api.upload_folder(repo_id=repository, folder_path=folder)
     return str(address)
+
+
+@contextmanager
+def _limit_parameters(number: int) -> Iterator[None]:
+    """Ends the construction of a model in this thread with ValueError once it has more than ``number`` parameters."""
+    thread, seen = threading.get_ident(), 0
+
+    def count(module, name, parameter):
+        nonlocal seen
+        if threading.get_ident() == thread and parameter is not None:
+            seen += 1
+            if seen > number:
+                raise ValueError(f"more than the {number} tensors in model.safetensors")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _reason(error):
+    return f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error

@@ -6,10 +6,6 @@ import threading
 from types import FrameType, TracebackType
 
 
-class Interrupted(Exception):
-    """Training was stopped by a signal after its state had been saved."""
-
-
 class StopRequest:
     """Context manager that records SIGINT and SIGTERM instead of ending the process.
 

@@ -10,34 +10,33 @@ from typing import Any
 
 import torch
 
+from amil_fast.utils.files import DataError, brief, check_version, parse_json
+from amil_fast.utils.tensor_files import read_tensors, write_tensors
+
 STATE = "state.safetensors"
 VERSION = 1
 
 
 def save_state(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Writes ``state.safetensors``: tensors by name, and ``facts`` that JSON can represent."""
-    from safetensors.torch import save_file
-
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(tensors, Path(folder) / STATE, metadata={"amil": json.dumps({"version": VERSION, **facts})})
+    write_tensors(Path(folder) / STATE, tensors, metadata={"amil": json.dumps({"version": VERSION, **facts})})
 
 
 def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Returns ``(tensors, facts)`` of :func:`save_state`; raises ValueError if missing, damaged or newer."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(folder) / STATE
-    if not path.is_file():
-        raise ValueError(f"{path}: no such training state")
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["amil"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path}: expected a training state ({error})") from None
-    if facts["version"] > VERSION:
-        raise ValueError(f"{path}: version {facts['version']} is newer than this amil_fast")
+    """Returns ``(tensors, facts)`` of :func:`save_state`; raises DataError if missing, damaged or newer."""
+    path, what = Path(folder) / STATE, "a training state"
+    tensors, metadata = read_tensors(path, what)
+    facts = parse_json(metadata.get("amil", "null"), path, dict, what)
+    check_version(facts.get("version"), VERSION, path)
     return tensors, facts
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Returns the configuration, as a dict, of the run whose state is in ``folder``; raises DataError."""
+    config = load_state(folder)[1].get("config")
+    if not isinstance(config, dict):
+        raise DataError(f"{Path(folder) / STATE}: config: expected an object, got {brief(config)}")
+    return config
 
 
 def prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -83,17 +82,11 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> tuple[int, list[st
     Raises:
         ValueError: not a safetensors file, or no tensor fits.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a folder with model.safetensors, or a .safetensors file")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: expected a safetensors file ({error})") from None
+    tensors, _ = read_tensors(file)
     own = model.state_dict()
     taken = {name: value for name, value in tensors.items() if name in own and own[name].shape == value.shape}
     if not taken:

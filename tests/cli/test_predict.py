@@ -32,7 +32,7 @@ def test_predict_reports_unreadable_inputs(tmp_path):
     make.video(tmp_path / "in/c.mp4", frames=4)
     arguments = ["predict", tmp_path / "in", "--model", COLOR_FINDER, "--out", tmp_path / "out"]
     out = amil(*arguments, "--json", tmp_path / "s.json", "--no-mirror", code=1)
-    assert "unreadable:" in out and "b.jpg" in out and "5 images, 5 people" in out and "1 unreadable" in out
+    assert "failed:" in out and "b.jpg" in out and "5 images, 5 people" in out and "1 unreadable" in out
     content = json.loads((tmp_path / "s.json").read_text())
     assert content["images"] == 5 and len(content["unreadable"]) == 1 and not content["interrupted"]
     assert {Path(name).name for name in content["written"]} == {"a.jpg", "c.mp4", "predictions.json"}

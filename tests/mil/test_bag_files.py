@@ -55,7 +55,10 @@ def put(index, value):
             "entry 'offsets' is missing (found: f",
         ),
         (broken("features", lambda a: a[:, 0]), "entry 'features': expected shape (instances, D), got shape (12,)"),
-        (broken("features", lambda a: a.astype(str)), "entry 'features': expected numbers"),
+        (
+            broken("features", lambda a: a.astype(str)),
+            "entry 'features': expected an array of numbers, got dtype <U",
+        ),
         (
             broken("features", put((4, 1), np.nan)),
             "entry 'features': expected finite float32 values, got nan in row 4",
@@ -67,6 +70,11 @@ def put(index, value):
             "entry 'offsets': expected the last value to be the 12 rows",
         ),
         (broken("offsets", put(2, 9)), "entry 'offsets': expected non-decreasing values, got 9 then 3 at 2"),
+        (
+            # Differences that wrap around to positive numbers.
+            broken("offsets", put(slice(1, 3), [2**63 - 1, -2])),
+            "entry 'offsets': expected non-decreasing values, got 9223372036854775807 then -2 at 1",
+        ),
         (broken("offsets", lambda a: a.astype(float)), "entry 'offsets': expected integers, got dtype float64"),
         (broken("labels", lambda a: a[:-1]), "entry 'labels': expected shape (6,), one per bag, got shape (5,)"),
         (broken("labels", put(3, 2)), "entry 'labels': expected 0 or 1, got [2] for bag 3"),
@@ -92,7 +100,7 @@ def test_bad_entries(tmp_path, change, message):
 
 def test_unreadable_files(tmp_path):
     path = tmp_path / "a.npz"
-    with pytest.raises(DataError, match=r"a\.npz: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"a\.npz: no such file"):
         load_bags(path)
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         load_bags(tmp_path)

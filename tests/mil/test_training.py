@@ -23,7 +23,7 @@ from amil_fast.mil import (
 from amil_fast.mil import training as training_module
 from amil_fast.mil.step_loss import bag_losses, class_weights, score_losses
 from amil_fast.nn import MIRNet
-from amil_fast.utils.signals import Interrupted
+from amil_fast.utils.errors import Interrupted
 from tests.helpers import ROOT
 from tests.mil.own_bags import learnable_bags, write_csv
 

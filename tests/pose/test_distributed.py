@@ -12,8 +12,8 @@ import torch
 
 import amil_fast
 from amil_fast.pose.training import PoseTraining, train
-from amil_fast.pose.training.distributed import end_process_group
 from amil_fast.utils import training_state
+from amil_fast.utils.processes import end_process_group
 from tests.pose.training_runs import (  # one_thread is a fixture
     TINY,
     data_with_gaps,

@@ -129,7 +129,7 @@ def test_bad_coco_rows(tmp_path):
     for change, message in (
         ({"keypoints": [1, 2, 2]}, "expected 51 numbers as keypoints"),
         ({"image_id": 99}, "image_id 99 is not among the images"),
-        ({"bbox": [1, 2, 0, 4]}, "expected a bbox with positive width and height"),
+        ({"bbox": [1, 2, 0, 4]}, r"expected a bbox \[x, y, width, height\] with positive width and height"),
     ):
         bad = json.loads(json.dumps(content))
         bad["annotations"][3] |= change

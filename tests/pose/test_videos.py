@@ -53,9 +53,10 @@ def test_boxes_from_result_rows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"a.jpg": [[1, 2, 3]]}', r"'a.jpg', box 0: expected \[x, y, width, height\]"),
+        ('{"a.jpg": [[1, 2, 3]]}', r"'a.jpg', box 0: expected a bbox \[x, y, width, height\]"),
         ('{"a.jpg": 3}', "'a.jpg', box 0"),
-        ('[{"bbox": [1, 2, 3, 4]}]', "row 0: expected bbox and file_name or image_id"),
+        ('[{"bbox": [1, 2, 3, 4]}]', "row 0: 'image_id' is missing"),
+        ("[[1, 2, 3, 4]]", "row 0: expected an object with bbox and file_name or image_id"),
         ('[{"file_name": "a", "bbox": [1, 2, -3, 4]}]', "row 0: expected .* with positive width and height"),
         ("7", "expected an object or a list, got int"),
         ("{", "expected a JSON file"),

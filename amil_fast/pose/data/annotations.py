@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from amil_fast.pose.data.errors import LeftOut, Problems
 from amil_fast.pose.data.files import image_size, safe_path
 from amil_fast.pose.skeletons import Skeleton
-from amil_fast.utils.files import DataError
+from amil_fast.utils.files import DataError, brief
+from amil_fast.utils.limits import MAX_COORDINATE
 
 # Pixels by which a joint may lie outside its image: data sets count from 0 or 1 and round differently.
 OUTSIDE_TOLERANCE = 2.0
@@ -119,28 +120,31 @@ class Annotations:
         derived = np.isin(np.arange(self.skeleton.num_joints), self.skeleton.derived)
         visibility, joints = self.visibility.copy(), self.joints.copy()
         for i, name in enumerate(self.images):
-            if name not in known:
+            key = name if isinstance(name, str) else brief(name)  # from files: of any type
+            if key not in known:
                 try:
                     path = safe_path(self.root, name)
-                    known[name] = image_size(path) if images else None
+                    known[key] = image_size(path) if images else None
                 except ValueError as error:  # including DataError
-                    known[name] = error
-            size = known[name]
+                    known[key] = error
+            size = known[key]
             if isinstance(size, Exception):
                 problems.report(self.source, entry_name(i), str(size))
                 continue
             good.append(i)
             if size is None:
-                continue
-            sizes.append(size)
-            excess = np.maximum(-joints[i], joints[i] - (np.array(size) - 1)).max(-1)
-            inside = (excess <= OUTSIDE_TOLERANCE) | (derived & np.isfinite(excess))
+                inside, region = (np.abs(joints[i]) <= MAX_COORDINATE).all(-1), "any image"
+            else:
+                sizes.append(size)
+                excess = np.maximum(-joints[i], joints[i] - (np.array(size) - 1)).max(-1)
+                inside = (excess <= OUTSIDE_TOLERANCE) | (derived & (excess <= MAX_COORDINATE))
+                region = f"the image of {size[0]} x {size[1]} pixels"
             for k in np.flatnonzero(~inside & (visibility[i] > 0)):
                 x, y = joints[i, k]
                 problems.report(
                     self.source,
                     f"{entry_name(i)}, joint {k} ({self.skeleton.joints[k]})",
-                    f"({x:g}, {y:g}) lies outside the image of {size[0]} x {size[1]} pixels",
+                    f"({x:g}, {y:g}) lies outside {region}",
                 )
                 visibility[i, k], joints[i, k] = 0, np.nan
         sized = replace(self, joints=joints, visibility=visibility)

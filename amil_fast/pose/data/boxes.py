@@ -1,12 +1,15 @@
 """Bounding boxes of people from JSON files."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from amil_fast.utils.files import DataError, read_json
+from amil_fast.pose.data.errors import BAD_ENTRY, reason
+from amil_fast.utils.files import DataError, brief, read_json
+from amil_fast.utils.limits import MAX_COORDINATE
 
 
 class Boxes:
@@ -28,7 +31,7 @@ class Boxes:
         self.path = None if path is None else Path(path)
         self._boxes: dict[tuple[int | str, int | None], list[NDArray[np.float64]]] = {}
         if self.path is not None:
-            self._read(read_json(self.path))
+            self._read(read_json(self.path, (dict, list), "an object or a list"))
 
     def _read(self, content):
         if isinstance(content, dict):
@@ -37,30 +40,34 @@ class Boxes:
                 for name, boxes in content.items()
                 for i, box in enumerate(boxes if isinstance(boxes, list) else [None])
             ]
-        elif isinstance(content, list):
-            rows = [(f"row {i}", row) for i, row in enumerate(content)]
         else:
-            raise DataError(f"{self.path}: expected an object or a list, got {type(content).__name__}")
+            rows = [(f"row {i}", row) for i, row in enumerate(content)]
         for entry, row in rows:
             try:
-                box = np.array(row["bbox"], np.float64)
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object with bbox and file_name or image_id, got {brief(row)}")
+                box = read_box(row["bbox"])
                 name = row["file_name"] if "file_name" in row else row["image_id"]
                 frame = row.get("frame")
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{self.path}: {entry}: expected bbox and file_name or image_id ({error!r})") from None
-            if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] <= 0).any():
-                raise DataError(
-                    f"{self.path}: {entry}: expected [x, y, width, height] with positive width and height, "
-                    f"got {row['bbox']}"
-                )
+                if not isinstance(name, str | int) or not isinstance(frame, int | None):
+                    raise ValueError(f"expected a name or number, got {brief(name)} and frame {brief(frame)}")
+            except BAD_ENTRY as error:
+                raise DataError(f"{self.path}: {entry}: {reason(error)}") from None
             self._boxes.setdefault((_key(name), frame), []).append(box)
+
+    def check_names(self, names: Iterable[str | os.PathLike]) -> None:
+        """Raises DataError if there is a file of boxes, and it names none of these images and videos."""
+        known = {name for name, _ in self._boxes}
+        if self.path is not None and not any(known.intersection(_keys(name)) for name in names):
+            some = ", ".join(str(name) for name in list(known)[:3]) or "nothing"
+            raise DataError(f"{self.path}: expected boxes for at least one of the images, found {some}")
 
     def of(self, name: str | os.PathLike, frame: int | None = None) -> NDArray[np.float64]:
         """Boxes ``(n, 4)`` of an image or a video frame, n = 0 where there are none; NaN for the whole image."""
         if self.path is None:
             return np.full((1, 4), np.nan)
         found: list[NDArray[np.float64]] = []
-        for key in dict.fromkeys((_key(str(name)), _key(Path(name).name), _key(Path(name).stem))):
+        for key in _keys(name):
             for when in dict.fromkeys((frame, None)):
                 found += self._boxes.get((key, when), [])
             if found:
@@ -68,7 +75,23 @@ class Boxes:
         return np.array(found).reshape(-1, 4)
 
 
+def read_box(value: object) -> NDArray[np.float64]:
+    """A bounding box ``[x, y, width, height]`` from a file as ``(4,)``; raises ValueError if it is none."""
+    box = np.array(value, np.float64)
+    if box.shape != (4,) or not (np.abs(box) <= MAX_COORDINATE).all() or (box[2:] <= 0).any():
+        raise ValueError(
+            "expected a bbox [x, y, width, height] with positive width and height, at most "
+            f"{MAX_COORDINATE:.0f}, got {brief(value)}"
+        )
+    return box
+
+
+def _keys(name):
+    """Keys that refer to an image: its path, its name, and its stem, COCO's number."""
+    return dict.fromkeys((_key(str(name)), _key(Path(name).name), _key(Path(name).stem)))
+
+
 def _key(name):
     # COCO file names are zero-padded image ids.
     text = str(name)
-    return int(text) if text.isdecimal() else text
+    return int(text) if text.isdecimal() and len(text) < 20 else text

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.errors import Problems
+from amil_fast.pose.data.boxes import read_box
+from amil_fast.pose.data.errors import BAD_ENTRY, Problems, reason
 from amil_fast.pose.skeletons import COCO17, Skeleton, get_skeleton
-from amil_fast.utils.files import DataError, read_json
+from amil_fast.utils.files import DataError, brief, read_json
 
 _MARGIN = 1.25
 
@@ -44,8 +45,8 @@ def load_coco(
     """
     root, skeleton = Path(root), get_skeleton(skeleton)
     source = Path(annotations) if annotations else root / "annotations" / f"person_keypoints_{split}.json"
-    content = read_json(source)
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+    content = read_json(source, dict, "an object with the lists 'images' and 'annotations'")
+    if not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise DataError(f"{source}: expected an object with the lists 'images' and 'annotations'")
     folders = [Path(images)] if images else [root / split, root / "images" / split, root / "images"]
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
@@ -55,8 +56,8 @@ def load_coco(
     for i, row in enumerate(content["images"]):
         try:
             files[row["id"]] = row["file_name"]
-        except (KeyError, TypeError) as error:
-            problems.report(source, f"images[{i}]", f"expected an object with id and file_name ({error!r})")
+        except BAD_ENTRY as error:
+            problems.report(source, f"images[{i}]", f"expected an object with id and file_name: {reason(error)}")
     K = skeleton.num_joints
     names, ids, entries, joints, visibility, boxes = [], [], [], [], [], []
     for i, row in enumerate(content["annotations"]):
@@ -64,23 +65,20 @@ def load_coco(
             if row.get("iscrowd") or not any(row["keypoints"][2::3]):
                 continue
             points = np.array(row["keypoints"], np.float64)
-            box = np.array(row["bbox"], np.float64)
+            box = read_box(row["bbox"])
             if points.shape != (3 * K,):
                 raise ValueError(f"expected {3 * K} numbers as keypoints ({skeleton.name}), got {points.size}")
-            if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] <= 0).any():
-                raise ValueError(f"expected a bbox with positive width and height, got {row['bbox']}")
             if row["image_id"] not in files:
-                raise ValueError(f"image_id {row['image_id']!r} is not among the images")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            problems.report(source, f"annotations[{i}]", reason)
+                raise ValueError(f"image_id {brief(row['image_id'])} is not among the images")
+        except BAD_ENTRY as error:
+            problems.report(source, f"annotations[{i}]", reason(error))
             continue
         points = points.reshape(K, 3)
         entries.append(i)
         names.append(files[row["image_id"]])
         ids.append(row["image_id"])
         joints.append(points[:, :2])
-        visibility.append(np.clip(points[:, 2], 0, 2))
+        visibility.append(np.clip(np.nan_to_num(points[:, 2]), 0, 2))
         boxes.append(box)
     result = Annotations(
         source=source,

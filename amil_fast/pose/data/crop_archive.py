@@ -19,7 +19,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from amil_fast.pose.codec import compose, crop_matrix
@@ -29,11 +28,22 @@ from amil_fast.pose.data.dataset import PoseDataset
 from amil_fast.pose.data.files import decode_image
 from amil_fast.pose.data.loader import cores
 from amil_fast.pose.skeletons import SKELETONS
-from amil_fast.utils.files import DataError, atomic_path
+from amil_fast.utils.files import DataError, atomic_path, brief, open_regular, parse_json
+from amil_fast.utils.limits import MAX_CROP
+from amil_fast.utils.tensor_files import read_tensors
 
 VERSION = 1
 _MAGIC = b"AMILPACK"
 _HEADER = struct.Struct("<8sII")
+MAX_STORED = 2 * MAX_CROP  # side of a stored crop in pixels
+# Settings in the index, and their types.
+_SETTINGS = {
+    **dict.fromkeys(("images", "ids", "left_out"), list),
+    **dict.fromkeys(("skeleton", "source", "sha256"), str),
+    **dict.fromkeys(("size", "stored", "quality", "bytes"), int),
+    "margin": (int, float),
+}
+_INTEGERS, _FLOATS = (torch.int64, torch.int32, torch.uint8), (torch.float64, torch.float32)
 
 
 def pack(
@@ -70,10 +80,12 @@ def pack(
         raise ValueError(f"quality: expected 1 to 100, got {quality}")
     if room is None:
         room = 1.0 if np.isnan(annotations.boxes).all() else 1.3
-    if room < 1:
+    if not room >= 1:
         raise ValueError(f"room: expected at least 1, got {room}")
     if SKELETONS.get(annotations.skeleton.name) is not annotations.skeleton:
         raise ValueError(f"skeleton: expected a built-in skeleton, got the custom one {annotations.skeleton.name!r}")
+    if not size * room <= MAX_STORED:
+        raise ValueError(f"room: expected crops of at most {MAX_STORED} px, got {size} px x {room:g}")
     stored = round(size * room)
     crops = PoseDataset(annotations, stored, margin=annotations.margin * stored / size)
 
@@ -269,25 +281,35 @@ def _read_index(path):
     for file in (path, index):
         if not file.is_file():
             raise DataError(f"{file}: no such file (a crop archive consists of {path.name} and {index.name})")
-    with open(path, "rb") as file:
-        header = file.read(_HEADER.size)
+    with open_regular(path) as file:
+        header, length = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
     magic, version, _ = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0)
     if magic != _MAGIC:
         raise DataError(f"{path}: expected a crop archive (written by `amil pack`)")
     if version != VERSION:
         raise DataError(f"{path}: expected format version {VERSION}, got {version}; run `amil pack` again")
-    try:
-        with safe_open(index, "numpy") as file:
-            settings = json.loads((file.metadata() or {})["amil"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        offsets, bytes_ = arrays["offsets"], settings["bytes"]
-        S = len(settings["images"])
-        whole = offsets.shape == (S + 1,) and offsets[0] == _HEADER.size and (np.diff(offsets) > 0).all()
-        whole = whole and offsets[-1] == bytes_ and arrays["matrices"].shape == (S, 2, 3)
-        if not whole or settings["skeleton"] not in SKELETONS or settings["stored"] < settings["size"]:
-            raise ValueError("inconsistent tables")
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"{index}: expected the index of a crop archive: {error}") from None
-    if path.stat().st_size != bytes_:
-        raise DataError(f"{path}: expected {bytes_} bytes as in the index, got {path.stat().st_size}")
+    what = "the index of a crop archive"
+    tensors, metadata = read_tensors(index, what)
+    settings = parse_json(metadata.get("amil", "null"), index, dict, what)
+    for name, kind in _SETTINGS.items():
+        if not isinstance(settings.get(name), kind) or isinstance(settings[name], bool):
+            raise DataError(f"{index}: expected {what}: {name}: got {brief(settings.get(name))}")
+    S, skeleton = len(settings["images"]), SKELETONS.get(settings["skeleton"])
+    if skeleton is None or not 1 <= settings["size"] <= settings["stored"] <= MAX_STORED or len(settings["ids"]) != S:
+        raise DataError(f"{index}: expected {what}: inconsistent settings")
+    K = skeleton.num_joints
+    shapes = {"offsets": (S + 1,), "matrices": (S, 2, 3), "joints": (S, K, 2), "visibility": (S, K)}
+    shapes |= {"boxes": (S, 4), "head_sizes": (S,)}
+    for name, shape in shapes.items():
+        dtypes = _INTEGERS if name in ("offsets", "visibility") else _FLOATS
+        if name not in tensors or tensors[name].shape != shape or tensors[name].dtype not in dtypes:
+            raise DataError(f"{index}: expected {what}: {name}: expected shape {shape}")
+    arrays = {name: tensors[name].numpy() for name in shapes}
+    offsets, bytes_ = arrays["offsets"], settings["bytes"]
+    if offsets[0] != _HEADER.size or offsets[-1] != bytes_ or (offsets[1:] <= offsets[:-1]).any():
+        raise DataError(f"{index}: expected {what}: offsets that increase from {_HEADER.size} to {bytes_}")
+    if not np.isfinite(arrays["matrices"]).all():
+        raise DataError(f"{index}: expected {what}: matrices: expected finite values")
+    if length != bytes_:
+        raise DataError(f"{path}: expected {bytes_} bytes as in the index, got {length}")
     return settings, arrays

@@ -5,6 +5,14 @@ from dataclasses import dataclass
 
 from amil_fast.utils.files import DataError
 
+# What reading an entry of a data set, with values of any type and size, can raise.
+BAD_ENTRY = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+
+
+def reason(error: BaseException) -> str:
+    """Text for one of :data:`BAD_ENTRY`."""
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+
 
 @dataclass(frozen=True)
 class LeftOut:

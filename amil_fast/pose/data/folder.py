@@ -40,6 +40,7 @@ def load_folder(
         raise DataError(f"{root}: no such folder")
     names = [str(name) for file, name in find_inputs([root]) if is_image(file)]
     table = Boxes(boxes)
+    table.check_names(names)
     people = [(name, box) for name in names for box in table.of(name)]
     S, K = len(people), skeleton.num_joints
     result = Annotations(

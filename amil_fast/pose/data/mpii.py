@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.errors import Problems
+from amil_fast.pose.data.boxes import read_box
+from amil_fast.pose.data.errors import BAD_ENTRY, Problems, reason
 from amil_fast.pose.data.files import read_mat
 from amil_fast.pose.skeletons import MPII16
 from amil_fast.utils.files import DataError, read_json
@@ -20,6 +21,7 @@ from amil_fast.utils.files import DataError, read_json
 _K = MPII16.num_joints
 _PIXELS_PER_SCALE = 200.0
 _MARGIN = 1.25
+_SPLITS = ("train", "valid", "trainval", "test")
 _MATLAB_FILE = "mpii_human_pose_v1_u12_1.mat"
 
 
@@ -47,21 +49,17 @@ def load_mpii(
         DataError: invalid files; the message names file and entry.
     """
     root = Path(root)
-    splits = ("train", "valid", "trainval", "test")
-    if split not in splits:
-        raise ValueError(f"split: expected one of {', '.join(map(repr, splits))}, got {split!r}")
+    _check_split(split)
     source = Path(annotations) if annotations else root / "annot" / f"{split}.json"
-    rows = read_json(source)
-    if not isinstance(rows, list):
-        raise DataError(f"{source}: expected a list of people, got {type(rows).__name__}")
+    rows = read_json(source, list, "a list of people")
     problems = Problems(skip_bad)
     people, entries = [], []
     for i, row in enumerate(rows):
         try:
             people.append(_person_of_row(row, needs_joints=split != "test"))
             entries.append(i)
-        except (KeyError, TypeError, ValueError) as error:
-            problems.report(source, f"entry {i}", _reason(error))
+        except BAD_ENTRY as error:
+            problems.report(source, f"entry {i}", reason(error))
     boxes = None
     if split == "valid":
         box_file = Path(head_boxes) if head_boxes else root / "annot" / "gt_valid.mat"
@@ -108,15 +106,13 @@ def load_mpii_mat(
         DataError: invalid files; the message names file and entry.
     """
     root = Path(root)
-    splits = ("train", "valid", "trainval", "test")
-    if split not in splits:
-        raise ValueError(f"split: expected one of {', '.join(map(repr, splits))}, got {split!r}")
+    _check_split(split)
     source = Path(annotations) if annotations else root / _MATLAB_FILE
     release = read_mat(source, "RELEASE", structs=True)["RELEASE"]
     try:
         images, training = _listed(release.annolist), np.atleast_1d(release.img_train)
     except AttributeError as error:
-        raise DataError(f"{source}: RELEASE: {_reason(error)}") from None
+        raise DataError(f"{source}: RELEASE: {reason(error)}") from None
     if len(images) != len(training):
         raise DataError(f"{source}: annolist has {len(images)} images, img_train {len(training)}")
     held_out = _tompson_people(tompson, len(images)) if split in ("train", "valid") else set()
@@ -139,9 +135,14 @@ def load_mpii_mat(
                 entries.append((i, j))
                 corners: list[Any] = [getattr(rect, name, ()) for name in ("x1", "y1", "x2", "y2")]
                 boxes.append([float(corner) if np.size(corner) else np.nan for corner in corners])
-            except (AttributeError, TypeError, ValueError, IndexError) as error:
-                problems.report(source, f"image {i}, person {j}", _reason(error))
+            except BAD_ENTRY as error:
+                problems.report(source, f"image {i}, person {j}", reason(error))
     return _annotations(source, root, people, entries, np.array(boxes).reshape(-1, 4), problems, check_images)
+
+
+def _check_split(split):
+    if split not in _SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(map(repr, _SPLITS))}, got {split!r}")
 
 
 def _listed(value):
@@ -189,7 +190,7 @@ def _person(name, center, scale, joints, visibility):
         raise ValueError(f"expected a finite center and a positive scale, got {center.tolist()}, {scale}")
     side = _PIXELS_PER_SCALE * scale
     x, y = center - 1 + np.array([0.0, 15 * scale])
-    return name, joints, visibility, (x + 0.5 - side / 2, y + 0.5 - side / 2, side, side)
+    return name, joints, visibility, read_box([x + 0.5 - side / 2, y + 0.5 - side / 2, side, side])
 
 
 def _annotations(source, root, people, entries, head_boxes, problems, check_images):
@@ -218,7 +219,3 @@ def _annotations(source, root, people, entries, head_boxes, problems, check_imag
         return f"image {entry[0]}, person {entry[1]}" if isinstance(entry, tuple) else f"entry {entry}"
 
     return result.check(problems, entry_name, check_images)
-
-
-def _reason(error):
-    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)

@@ -12,10 +12,29 @@ from numpy.typing import NDArray
 from amil_fast.pose.codec import crop_matrix
 from amil_fast.pose.data.augment import warp_crop
 from amil_fast.pose.data.boxes import Boxes
-from amil_fast.utils.files import DataError
+from amil_fast.utils.files import DataError, open_regular
+from amil_fast.utils.limits import MAX_IMAGE_PIXELS
 
 # This many consecutive frames that cannot be decoded are treated as the end of the file.
 _MAX_FAILURES = 25
+_MAX_RATE, _MAX_FRAMES = 1000, 1 << 31
+
+
+def opencv_name(path: Path) -> str:
+    """The path for OpenCV's videos; raises DataError for a name that is not UTF-8, with which OpenCV crashes."""
+    try:
+        return str(path).encode().decode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: expected a name in UTF-8, OpenCV reads and writes no other videos") from None
+
+
+def count_frames(path: Path) -> int:
+    """Number of frames of a video that can be decoded."""
+    capture, number = cv2.VideoCapture(opencv_name(path)), 0
+    while capture.grab():
+        number += 1
+    capture.release()
+    return number
 
 
 class VideoFrames:
@@ -39,16 +58,28 @@ class VideoFrames:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: no such video")
+        with open_regular(path, "video"):  # OpenCV would wait for a named pipe
+            pass
         capture = self._open()
-        self.rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-        self.expected = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        self.missing = 0
+        rate, expected, width, height = (
+            capture.get(name)
+            for name in (
+                cv2.CAP_PROP_FPS,
+                cv2.CAP_PROP_FRAME_COUNT,
+                cv2.CAP_PROP_FRAME_WIDTH,
+                cv2.CAP_PROP_FRAME_HEIGHT,
+            )
+        )
         capture.release()
+        if width * height > MAX_IMAGE_PIXELS:
+            raise DataError(f"{path}: expected frames of at most {MAX_IMAGE_PIXELS >> 20} x 2^20 pixels, got more")
+        self.rate = rate if 0 < rate <= _MAX_RATE else 25.0
+        # Damaged headers claim any number; then the length is unknown.
+        self.expected = int(expected) if 0 < expected <= _MAX_FRAMES else 0
+        self.missing = 0
 
     def _open(self):
-        capture = cv2.VideoCapture(str(self.path))
+        capture = cv2.VideoCapture(opencv_name(self.path))
         if not capture.isOpened():
             raise DataError(f"{self.path}: expected a video, cannot be opened (damaged, or an unsupported format)")
         return capture

@@ -10,9 +10,11 @@ from scipy.optimize import linear_sum_assignment
 
 from amil_fast.metrics.modules import head_size
 from amil_fast.pose.data.annotations import Annotations
+from amil_fast.pose.data.errors import BAD_ENTRY, reason
 from amil_fast.pose.data.files import read_mat
 from amil_fast.pose.skeletons import LSP14, MPII16, Skeleton, get_skeleton
-from amil_fast.utils.files import DataError, read_json
+from amil_fast.utils.files import DataError, brief, read_json
+from amil_fast.utils.numpy_files import read_npy, read_npz
 
 
 @dataclass
@@ -65,7 +67,7 @@ class GroundTruth:
 
 def _number(text):
     """Image id without leading zeros; other names unchanged."""
-    return str(int(text)) if str(text).isdecimal() else str(text)
+    return str(int(text)) if str(text).isdecimal() and len(str(text)) < 20 else str(text)
 
 
 def read_ground_truth(path: str | os.PathLike, skeleton: str | Skeleton | None = None) -> GroundTruth | None:
@@ -88,8 +90,7 @@ def read_ground_truth(path: str | os.PathLike, skeleton: str | Skeleton | None =
     """
     path = Path(path)
     if path.suffix == ".mat":
-        content = read_mat(path)
-        if "pos_gt_src" not in content:
+        if "pos_gt_src" not in read_mat(path, optional=["pos_gt_src"]):
             return None
         content = read_mat(path, "pos_gt_src", "jnt_missing", "headboxes_src")
         joints = _last_axis_first(content["pos_gt_src"], path, "pos_gt_src")
@@ -102,7 +103,7 @@ def read_ground_truth(path: str | os.PathLike, skeleton: str | Skeleton | None =
             )
         return GroundTruth(MPII16, joints - 1, ~missing, head_size(torch.from_numpy(boxes)).numpy(), origin=1)
     if path.suffix == ".npz":
-        content = _read_npz(path)
+        content = read_npz(path)
         if "targets" not in content:
             return None
         joints = _numbers(content["targets"], path, "targets")
@@ -160,16 +161,18 @@ def read_predictions(path: str | os.PathLike, truth: GroundTruth) -> np.ndarray:
     if path.suffix == ".json":
         return _read_coco_results(path, truth)
     if path.suffix == ".mat":
-        content = read_mat(path)
+        content = read_mat(path, optional=["pos_pred_src", "preds"])
         if "pos_pred_src" in content:
             found = _last_axis_first(content["pos_pred_src"], path, "pos_pred_src")
+        elif "preds" in content:
+            found = _numbers(content["preds"], path, "preds")
         else:
-            found = _numbers(read_mat(path, "preds")["preds"], path, "preds")
+            raise DataError(f"{path}: expected a variable 'pos_pred_src' or 'preds'")
         found = found - truth.origin
     elif path.suffix == ".npy":
-        found = _numbers(_load_numpy(path), path, "the array")
+        found = _numbers(read_npy(path), path, "the array")
     elif path.suffix == ".npz":
-        content = _read_npz(path)
+        content = read_npz(path)
         if "predictions" not in content:
             raise DataError(f"{path}: expected a variable 'predictions', found {', '.join(content) or 'nothing'}")
         found = _numbers(content["predictions"], path, "predictions")
@@ -182,9 +185,7 @@ def read_predictions(path: str | os.PathLike, truth: GroundTruth) -> np.ndarray:
 
 
 def _read_coco_results(path, truth):
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of COCO result rows, got {type(rows).__name__}")
+    rows = read_json(path, list, "a list of COCO result rows")
     if truth.names is None:
         raise DataError(f"{path}: COCO results need a data set with image names (--dataset)")
     S, K = truth.valid.shape
@@ -197,14 +198,14 @@ def _read_coco_results(path, truth):
         try:
             points = np.array(row["keypoints"], np.float64)
             keys = [row[name] for name in ("file_name", "image_id") if name in row]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: row {i}: expected image_id and keypoints ({error!r})") from None
+        except BAD_ENTRY as error:
+            raise DataError(f"{path}: row {i}: expected image_id and keypoints: {reason(error)}") from None
         if points.shape != (3 * K,):
             raise DataError(f"{path}: row {i}: expected {3 * K} numbers as keypoints, got {points.size}")
         names = [name for key in keys for name in (str(key), Path(str(key)).name, _number(key))]
         image = next((tuple(people[name]) for name in names if name in people), None)
         if image is None:
-            raise DataError(f"{path}: row {i}: the data set has no image {keys[0] if keys else None!r}")
+            raise DataError(f"{path}: row {i}: the data set has no image {brief(keys[0] if keys else None)}")
         by_image.setdefault(image, []).append(points.reshape(K, 3)[:, :2])
     result = np.full((S, K, 2), np.nan)
     for image, found in by_image.items():
@@ -240,23 +241,3 @@ def _numbers(array, path, name):
     if array.dtype.kind not in "fiub":
         raise DataError(f"{path}: {name}: expected numbers, got {array.dtype}")
     return array.astype(np.float64)
-
-
-def _load_numpy(path):
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: expected a NumPy file of numbers: {error}") from None
-
-
-def _read_npz(path):
-    content = _load_numpy(path)
-    if not isinstance(content, np.lib.npyio.NpzFile):
-        raise DataError(f"{path}: expected a NumPy .npz file")
-    try:
-        with content:
-            return {name: content[name] for name in content.files}
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: expected a NumPy file of numbers: {error}") from None

@@ -97,32 +97,34 @@ class FrameReader:
     def _run(self):
         try:
             for path, name in self._inputs:
-                for frame in self._read_video(path, name) if is_video(path) else self._read_image(path, name):
-                    self._put(self._cropped(frame))
+                for frame in self._read(path, name):
+                    self._put(frame)
                     if self._stopped.is_set():
                         return
             self._put(None)
         except BaseException as error:  # raised again in the consumer's thread
             self._put(error)
 
-    def _read_image(self, path, name):
+    def _read(self, path, name):
+        """Frames of an input; the last one has an error if the input, or the rest of it, cannot be read."""
+        video = is_video(path)
         try:
-            image, _ = read_image(path, upright=True)
-        except DataError as error:
-            yield Frame(path, name, None, None, np.empty((0, 4)), error=str(error))
-            return
+            for frame in self._read_video(path, name) if video else self._read_image(path, name):
+                yield self._cropped(frame)
+        except Exception as error:  # an input never ends the run, whatever a decoder raises
+            message = str(error) if isinstance(error, DataError) else f"{path}: {type(error).__name__}: {error}"
+            yield Frame(path, name, 0 if video else None, None, np.empty((0, 4)), error=message, ends_video=video)
+
+    def _read_image(self, path, name):
+        image, _ = read_image(path, upright=True)
         yield Frame(path, name, None, image, self._boxes.of(name))
 
     def _read_video(self, path, name):
-        try:
-            frames = VideoFrames(path)
-            for number, image in frames:
-                error = None if image is not None else f"{path}: frame {number} cannot be decoded"
-                boxes = self._boxes.of(name, number) if image is not None else np.empty((0, 4))
-                yield Frame(path, name, number, image, boxes, frames.rate, error)
-        except DataError as error:
-            yield Frame(path, name, 0, None, np.empty((0, 4)), error=str(error), ends_video=True)
-            return
+        frames = VideoFrames(path)
+        for number, image in frames:
+            error = None if image is not None else f"{path}: frame {number} cannot be decoded"
+            boxes = self._boxes.of(name, number) if image is not None else np.empty((0, 4))
+            yield Frame(path, name, number, image, boxes, frames.rate, error)
         message = None
         if frames.missing:
             message = f"{path}: {frames.missing} of {frames.expected} frames are missing or cannot be decoded"

@@ -33,6 +33,7 @@ class PredictionSummary:
         images: number of images and video frames processed.
         people: number of people predicted.
         unreadable: messages for inputs that could not be read.
+        not_written: messages for overlays that could not be written.
         written: files written.
         interrupted: the run was interrupted; its results are those of the inputs processed before.
         seconds: total time, including reading and writing.
@@ -42,6 +43,7 @@ class PredictionSummary:
     images: int = 0
     people: int = 0
     unreadable: list[str] = field(default_factory=list)
+    not_written: list[str] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
     interrupted: bool = False
     seconds: float = 0.0
@@ -82,15 +84,16 @@ def predict(
         passes: 2 or more for two-stage prediction on whole images: each further pass predicts on a crop around the
             joints of the one before. Has no effect with ``boxes``.
         on_progress: called with (images done, total number, or None if a video does not state its length).
-        on_problem: called with a message for every unreadable input; the others are processed.
+        on_problem: called with a message for every unreadable input and every overlay that could not be written; the
+            others are processed.
 
     Returns:
         :class:`PredictionSummary`. After an interrupt (KeyboardInterrupt) complete files are kept, and
-        ``predictions.json`` holds all images processed.
+        ``predictions.json`` holds all images processed, as it does after an error of the network.
 
     Raises:
-        DataError: a missing input or one of unknown type, no input at all, an invalid file of boxes, an overlay that
-            would overwrite its input.
+        DataError: a missing input or one of unknown type, no input at all, a file of boxes that is invalid or names
+            none of the inputs, an overlay that would overwrite its input.
         ValueError: ``passes`` below 1.
     """
     if passes < 1:
@@ -98,6 +101,7 @@ def predict(
     table = Boxes(boxes)
     out = Path(out)
     found = _output_names(list(inputs), out, overlays)
+    table.check_names(name for _, name in found)
     out.mkdir(parents=True, exist_ok=True)
     summary = PredictionSummary()
     rows: list[dict] = []
@@ -123,16 +127,19 @@ def predict(
             run_network(frames)
         while waiting:
             frame = waiting.popleft()
-            if frame.error:
-                summary.unreadable.append(frame.error)
-                if on_problem:
-                    on_problem(frame.error)
-            if writer:
-                writer.write(frame)
+            problems = [frame.error] if frame.error else []
+            summary.unreadable += problems
             if frame.image is not None:
                 summary.images += 1
                 summary.people += len(frame.coords)
                 rows.extend(result_rows(frame))
+            if writer:
+                writer.write(frame)
+                problems += writer.failures[len(summary.not_written) :]
+                summary.not_written[:] = writer.failures
+            for problem in problems:
+                if on_problem:
+                    on_problem(problem)
             if on_progress and not frame.ends_video:
                 on_progress(summary.images + len(summary.unreadable), total)
 
@@ -151,7 +158,7 @@ def predict(
         reader.stop()
         if writer:
             writer.close()
-    write_json(out / RESULTS, rows, indent=None)
+        write_json(out / RESULTS, rows, indent=None)
     summary.written = [*(writer.written if writer else []), out / RESULTS]
     summary.seconds = time.perf_counter() - began
     return summary

@@ -13,6 +13,9 @@ from amil_fast.ops import decode_heatmaps
 from amil_fast.pose import PoseGenerator
 from amil_fast.pose.codec import heatmap_to_image
 from amil_fast.pose.skeletons import Skeleton, get_skeleton
+from amil_fast.utils.files import DataError
+from amil_fast.utils.limits import MAX_CROP
+from amil_fast.utils.tensor_files import read_tensors
 
 # The generator shipped with the package; its model card is the README.md in this folder.
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
@@ -61,6 +64,8 @@ class Predictor:
             raise ValueError("skeleton: expected a skeleton (--skeleton), the model has no attribute skeleton")
         if self.size < 1:
             raise ValueError("size: expected the side of the crops (--size), the model has no attribute input_size")
+        if self.size > MAX_CROP:
+            raise ValueError(f"size: expected at most {MAX_CROP}, got {self.size}")
         self.skeleton = get_skeleton(skeleton)
         mean = getattr(model, "mean", PoseGenerator.mean) if mean is None else mean
         std = getattr(model, "std", PoseGenerator.std) if std is None else std
@@ -150,15 +155,15 @@ def _from_factory(factory, path):
         build = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model: expected package.module:function, got {factory!r} ({error})") from None
-    model = build()
+    try:
+        model = build()
+    except Exception as error:  # the user's function, with whatever it raises
+        raise ValueError(f"model: {factory}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected {factory} to return a torch.nn.Module, got {type(model).__name__}")
     if path is not None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            model.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: the weights do not fit {factory}: {error}") from None
+            model.load_state_dict(read_tensors(path)[0])
+        except RuntimeError as error:
+            raise DataError(f"{path}: the weights do not fit {factory}: {error}") from None
     return model

@@ -77,7 +77,7 @@ class RegionBlock(nn.Module):
             for layer in [self.inputs[0], *self.layers, self.score]:
                 layer.bias.zero_()
             # 1 − exp(−softplus(z)) is sigmoid(z). Most targets are 0, so heatmaps start near 0.
-            self.score.bias.fill_(torch.logit(torch.tensor(prior)).item())
+            self.score.bias.fill_(torch.logit(torch.tensor(prior, device="cpu")).item())
 
     def forward(
         self, *maps: torch.Tensor, bag: torch.Tensor | None = None

@@ -17,7 +17,8 @@ from amil_fast.pose.training.overrides import parse_override
 from amil_fast.pose.training.presets import PRESETS, preset
 from amil_fast.pose.training.trainer import PoseTraining, train
 from amil_fast.pose.training.training_data import TrainingData
-from amil_fast.utils.signals import Interrupted, StopRequest
+from amil_fast.utils.errors import Interrupted
+from amil_fast.utils.signals import StopRequest
 
 __all__ = [
     # configuration

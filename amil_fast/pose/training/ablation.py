@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,17 @@ from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import headline, scores_of_groups
 from amil_fast.pose.training.config import TrainConfig, from_dict
 from amil_fast.pose.training.meter import NotFinite
+from amil_fast.pose.training.run_log import HISTORY
 from amil_fast.pose.training.trainer import train
-from amil_fast.utils.files import atomic_path, read_json
-from amil_fast.utils.signals import Interrupted, StopRequest
-from amil_fast.utils.training_state import STATE, load_state
+from amil_fast.utils.errors import Interrupted, RunFailed
+from amil_fast.utils.files import atomic_path, parse_json, read_json
+from amil_fast.utils.processes import end_with_parent
+from amil_fast.utils.signals import StopRequest
+from amil_fast.utils.training_state import STATE, load_config
 
 OUTPUT = "output.txt"  # in a run's folder: what its process printed
 _POLL = 0.2  # seconds between checks for a requested stop
-_GRACE = 15.0  # seconds that a stopped process has for saving its state
+_GRACE = 10.0  # seconds that a stopped process has for saving its state
 
 _PLAIN = {"generator.blocks": 0, "discriminator": None, "loss.mil": 0.0}
 _REGIONS = {"discriminator": None}
@@ -119,7 +123,7 @@ def run(
         on_run: called with the number of finished runs and of all runs, at the start and after each.
 
     Raises:
-        RuntimeError: runs failed; the message contains their errors.
+        RunFailed: runs failed; the message contains their errors.
         Interrupted: SIGINT or SIGTERM was received; the running trainings are saved.
     """
     out = Path(out)
@@ -155,9 +159,11 @@ def run(
         finally:
             _end(running)
         if stop:
-            raise Interrupted(f"{stop.reason}: stopped after {done} of {total} runs; the others resume when run again")
+            raise Interrupted(
+                f"{stop.reason}: stopped after {done} of {total} runs; the same command resumes the others"
+            )
     if failures:
-        raise RuntimeError("\n".join(failures))
+        raise RunFailed("\n".join(failures))
 
 
 @dataclass
@@ -192,10 +198,11 @@ def _train(folder, content, threads, error):
     output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(output, stream)
+    end_with_parent(_GRACE)
     torch.set_num_threads(threads)
     try:
         if (folder / "last" / STATE).is_file():  # like amil train --resume: the settings that the run was started with
-            content = load_state(folder / "last")[1]["config"]
+            content = load_config(folder / "last")
         train(from_dict(content), folder, Console(), resume=True)
     except (ValueError, OSError, NotFinite, Interrupted) as expected:
         error.send(str(expected))
@@ -221,13 +228,17 @@ def _error(ended):
 
 
 def _end(running):
-    """Stops processes: SIGTERM, on which a training saves its state, then SIGKILL."""
+    """Stops processes: SIGTERM, on which a training saves its state, and SIGKILL after a time that all share."""
     for each in running:
         each.process.terminate()
-    for each in running:
-        each.process.join(_GRACE)
-        if each.process.is_alive():
+    deadline = time.monotonic() + _GRACE
+    try:
+        for each in running:
+            each.process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # also after a second Ctrl-C
+        for each in running:
             each.process.kill()
+        for each in running:
             each.process.join()
 
 
@@ -244,8 +255,9 @@ def results(rows: Plan, out: str | Path) -> list[dict[str, Any]]:
         for name, _ in runs:
             path = Path(out) / name / "summary.json"
             if path.is_file():
-                history = (path.parent / "history.jsonl").read_text().splitlines()
-                summaries.append((read_json(path), [json.loads(line) for line in history]))
+                history = path.parent / HISTORY
+                lines = history.read_text(encoding="utf-8").splitlines()
+                summaries.append((read_json(path, dict), [parse_json(line, history, dict) for line in lines]))
         if len(summaries) < len(runs):
             continue
         validations = [summary["validation"] for summary, _ in summaries]

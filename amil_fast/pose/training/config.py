@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amil_fast.pose.training.overrides import build, place
+from amil_fast.utils.limits import MAX_COUNT, MAX_CROP, MAX_DEPTH, MAX_ITERS, MAX_SEED, MAX_WIDTH
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # -> Accelerate's mixed_precision
 OPTIMIZERS = ("adam", "adamw")
@@ -318,6 +319,7 @@ class TrainConfig:
         ):
             if not self._get(name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {self._get(name)}")
+        self._check_maxima()
         for name in ("optimizer.lr", "data.heatmap_std"):
             if not self._get(name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {self._get(name)}")
@@ -337,6 +339,16 @@ class TrainConfig:
             raise ValueError(f"schedule.decay: expected a fraction, got {self.schedule.decay}")
         if not 0 <= self.run.ema_decay < 1:
             raise ValueError(f"run.ema_decay: expected a number in [0, 1), got {self.run.ema_decay}")
+
+    def _check_maxima(self):
+        """Bounds integers, so that a mistyped one is not a run without end or memory."""
+        most = {"seed": MAX_SEED, "input_size": MAX_CROP, "num_iters": MAX_ITERS, "features": MAX_WIDTH}
+        most |= dict.fromkeys(("blocks", "depth", "levels"), MAX_DEPTH)
+        for section, values in dataclasses.asdict(self).items():
+            for key, value in (values or {}).items():
+                bound = most.get(key, MAX_COUNT)
+                if isinstance(value, int) and not 0 <= value <= bound:
+                    raise ValueError(f"{section}.{key}: expected 0 to {bound}, got {value}")
 
     @property
     def adversarial(self) -> bool:

@@ -1,4 +1,4 @@
-"""Several processes: batch normalization with statistics over all of them, and the end of their group."""
+"""Batch normalization with statistics over all processes, on CPU and CUDA."""
 
 import torch
 from torch import nn
@@ -54,13 +54,3 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device | str) -> nn.M
                     setattr(synced, key, value)
                 setattr(parent, name, synced.train(child.training))
     return model
-
-
-def end_process_group() -> None:
-    """Ends the process group, if there is one.
-
-    Required before the process exits: the threads of a gloo group that still exists abort about one process in three
-    ("terminate called without an active exception", PyTorch 2.13).
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -9,9 +9,10 @@ import torch
 
 from amil_fast.pose import Balance
 from amil_fast.pose.training.config import TrainConfig
+from amil_fast.utils.errors import RunFailed
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(RunFailed, ArithmeticError):
     """A loss or a weight became NaN or infinite."""
 
 

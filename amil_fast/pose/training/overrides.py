@@ -5,11 +5,12 @@ Keys and types are checked against the dataclass: an unknown key raises an error
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from collections.abc import Iterable
 from typing import Any, TypeVar
+
+from amil_fast.utils.files import DataError, brief, parse_json
 
 _Config = TypeVar("_Config")
 
@@ -20,8 +21,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise ValueError(f"--set: expected section.key=value, got {text!r}")
     try:
-        return name.strip(), json.loads(value)
-    except json.JSONDecodeError:
+        return name.strip(), parse_json(value, name)
+    except DataError:
         return name.strip(), None if value in ("None", "none") else value
 
 
@@ -37,7 +38,7 @@ def build(kind: type[_Config], content: Any, prefix: str = "") -> _Config:
         ValueError: unknown key, or value of another type.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'configuration'}: expected a dict, got {content!r}")
+        raise ValueError(f"{prefix.rstrip('.') or 'configuration'}: expected a dict, got {brief(content)}")
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in content.items():
@@ -99,11 +100,14 @@ def _convert(hint, value, name):
             parts = typing.get_args(option)
             if isinstance(value, list | tuple) and len(value) == len(parts):
                 return tuple(_convert(part, v, name) for part, v in zip(parts, value, strict=True))
+        elif typing.get_origin(option) is dict and isinstance(value, dict):
+            part = typing.get_args(option)[1]
+            return value if part is Any else {key: _convert(part, v, f"{name}.{key}") for key, v in value.items()}
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         elif option is not type(None) and type(value) is option:
             return value
-    raise ValueError(f"{name}: expected {_describe(hint)}, got {value!r}")
+    raise ValueError(f"{name}: expected {_describe(hint)}, got {brief(value)}")
 
 
 def _describe(hint):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from amil_fast.pose.training.config import TrainConfig
 from amil_fast.pose.training.meter import NotFinite, TrainingProgress
 from amil_fast.pose.training.networks import Networks
+from amil_fast.pose.training.overrides import build
 from amil_fast.utils import training_state
 from amil_fast.utils.files import publish, write_json
 
@@ -64,10 +65,11 @@ class RunFolder:
         accelerator, last = self.accelerator, self.out / "last"
         try:
             self.networks.load_state(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{last}: the networks differ from those of this configuration: {error}") from None
-        for each in dataclasses.fields(progress):
-            setattr(progress, each.name, facts[each.name])
+            saved = {each.name: facts[each.name] for each in dataclasses.fields(progress)}
+            world, random_state = facts["world"], tensors["random.cpu"]
+        except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(f"{last}: the state differs from that of this configuration: {error}") from None
+        vars(progress).update(vars(build(TrainingProgress, saved, f"{last}: ")))
         if progress.step != progress.epoch * epoch_steps + progress.epoch_step:
             raise ValueError(
                 f"{last}: expected {epoch_steps} steps per epoch, got step {progress.step} in epoch "
@@ -75,8 +77,8 @@ class RunFolder:
             )
         if accelerator.scaler is not None and "scaler" in facts:
             accelerator.scaler.load_state_dict(facts["scaler"])
-        if accelerator.num_processes == facts["world"] == 1:
-            torch.set_rng_state(tensors["random.cpu"])
+        if accelerator.num_processes == world == 1:
+            torch.set_rng_state(random_state)
             if accelerator.device.type == "cuda" and "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"], accelerator.device)
         else:

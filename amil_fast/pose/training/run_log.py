@@ -6,12 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import cv2
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from amil_fast.utils.files import write_bytes, write_text
+from amil_fast.pose.data.files import encode_image
+from amil_fast.utils.files import DataError, parse_json, write_bytes, write_text
 
 HISTORY = "history.jsonl"
 
@@ -85,8 +85,7 @@ class RunLog:
             return
         if self._board is not None:
             self._board.add_image(name, picture[:, :, ::-1].copy(), step, dataformats="HWC")
-        encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-        write_bytes(self.out / f"{name}.jpg", encoded.tobytes())
+        write_bytes(self.out / f"{name}.jpg", encode_image(picture, ".jpg", 90))
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
         """Appends the numbers of an epoch to ``history.jsonl`` and prints them."""
@@ -109,9 +108,9 @@ class RunLog:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= done:
+                if parse_json(line, path, dict)["step"] <= done:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (DataError, KeyError, TypeError):
                 continue
         write_text(path, "".join(kept))
 

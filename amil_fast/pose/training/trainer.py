@@ -17,7 +17,6 @@ from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import Result
 from amil_fast.pose.training.config import PRECISIONS, TrainConfig
-from amil_fast.pose.training.distributed import end_process_group
 from amil_fast.pose.training.meter import LossMeter, NotFinite, TrainingProgress
 from amil_fast.pose.training.networks import Networks
 from amil_fast.pose.training.run_folder import RunFolder
@@ -26,8 +25,10 @@ from amil_fast.pose.training.step import Batch, OptimizationStep
 from amil_fast.pose.training.training_data import TrainingData, training_data
 from amil_fast.pose.training.validation import Validation
 from amil_fast.utils import training_state
+from amil_fast.utils.errors import Interrupted
 from amil_fast.utils.files import write_json
-from amil_fast.utils.signals import Interrupted, StopRequest
+from amil_fast.utils.processes import end_process_group
+from amil_fast.utils.signals import StopRequest
 
 
 class PoseTraining:
@@ -289,7 +290,9 @@ class PoseTraining:
             self._read_losses()
             self._save()
         reason = self.stop.reason or "a signal"
-        raise Interrupted(f"{reason}: stopped after step {self.progress.step}; {self.out / 'last'} is saved")
+        raise Interrupted(
+            f"{reason}: stopped after step {self.progress.step}; {self.out / 'last'} is saved, --resume continues"
+        )
 
 
 def train(config: TrainConfig, out: str | Path, console: Console, *, resume: bool = False) -> dict[str, Any] | None:
