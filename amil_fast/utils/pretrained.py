@@ -73,25 +73,29 @@ def load(build: Callable[..., _Module], path: str | os.PathLike, kind: str) -> _
         if not (folder / file).is_file():
             raise DataError(f"{folder}: expected a folder with config.json and model.safetensors, {file} is missing")
     source, weights = folder / "config.json", folder / "model.safetensors"
-    config = read_json(source, dict, "a JSON object with 'format', 'version' and 'arguments'")
+    fields = "a JSON object with 'format', 'version' and 'arguments'"
+    config = read_json(source, dict, fields)
     if config.get("format") != kind:
         raise DataError(f"{source}: format: expected {kind!r}, got {brief(config.get('format'))}")
-    check_version(config.get("version"), VERSION, source)
     arguments = config.get("arguments")
     if not isinstance(arguments, dict):
-        raise DataError(f"{source}: arguments: expected a JSON object, got {brief(arguments)}")
-    shapes, what = tensor_shapes(weights), f"expected the files of a model of format {kind!r}"
+        raise DataError(f"{source}: expected {fields}, got arguments {brief(arguments)}")
+    check_version(config.get("version"), VERSION, source)
+    what = f"the files of a model of format {kind!r}"
+    shapes = tensor_shapes(weights, what)
     try:
         # First without memory: damaged arguments may describe a model of any size.
         with torch.device("meta"), _limit_parameters(len(shapes)):
             expected = build(**arguments).state_dict()
     except Exception as error:  # the constructor's own, for arguments of any type and value
-        raise DataError(f"{folder}: {what}: {_reason(error)}") from None
+        raise DataError(f"{folder}: expected {what}: {_reason(error)}") from None
     for name in expected.keys() | shapes.keys():
         found, wanted = shapes.get(name), tuple(expected[name].shape) if name in expected else None
         if found != wanted:
             texts = ("none" if shape is None else f"shape {shape}" for shape in (wanted, found))
-            raise DataError("{}: {}: {}: expected {} as in config.json, got {}".format(folder, what, name, *texts))
+            raise DataError(
+                "{}: expected {}: {}: expected {} as in config.json, got {}".format(folder, what, name, *texts)
+            )
     model = build(**arguments)
     state = {
         name: value.float() if value.is_floating_point() else value for name, value in read_tensors(weights)[0].items()

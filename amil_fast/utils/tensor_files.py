@@ -26,7 +26,7 @@ def read_tensors(
         raise DataError(f"{path}: expected {what}: {error}") from None
 
 
-def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(path: str | os.PathLike, what: str = "a safetensors file") -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file by name, from its header; raises DataError."""
     from safetensors import SafetensorError, safe_open
 
@@ -36,7 +36,7 @@ def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path}: expected a safetensors file: {error}") from None
+        raise DataError(f"{path}: expected {what}: {error}") from None
 
 
 def write_tensors(

@@ -68,7 +68,7 @@ class RunFolder:
             saved = {each.name: facts[each.name] for each in dataclasses.fields(progress)}
             world, random_state = facts["world"], tensors["random.cpu"]
         except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"{last}: the state differs from that of this configuration: {error}") from None
+            raise ValueError(f"{last}: the networks differ from those of this configuration: {error}") from None
         vars(progress).update(vars(build(TrainingProgress, saved, f"{last}: ")))
         if progress.step != progress.epoch * epoch_steps + progress.epoch_step:
             raise ValueError(
