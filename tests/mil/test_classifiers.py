@@ -204,7 +204,7 @@ def test_area_under_roc():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="pooling: expected one of"):
         MilSettings(pooling="x")
-    with pytest.raises(ValueError, match="epochs: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="epochs: expected 1 to 2147483647, got 0"):
         MilSettings(epochs=0)
     with pytest.raises(ValueError, match="lr: expected a positive number"):
         MilSettings(lr=0)
