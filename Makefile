@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Environment for running an extension with sanitizers in an interpreter without them.
+SANITIZED = env PYTHONPATH=build/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 CXX_SOURCES = $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
 
-.PHONY: install demo test fuzz lint format docs bench kernels clean
+.PHONY: install demo test fuzz sanitize soak lint format docs bench kernels clean
 
 # Creates .venv; repeated only if one of the files below has changed.
 install: $(INSTALLED)
@@ -30,6 +33,19 @@ test: install
 # Reads 5,000 damaged files of all formats in child processes. FUZZ_ARGS="--seed 7 --keep failures" selects others.
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.files $(FUZZ_ARGS)
+
+# The operator tests and 20,000 random calls against an extension with address and undefined-behavior sanitizers, in
+# build/sanitize. SANITIZE=thread cannot be used: libgomp, which runs PyTorch's threads, is not instrumented.
+sanitize: install
+	AMIL_FAST_SANITIZE=address,undefined AMIL_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-temp build/sanitize.objects \
+		--build-lib build/sanitize
+	$(SANITIZED) $(BIN)/pytest -q --import-mode=append -o pythonpath=build/sanitize -p no:cacheprovider tests/ops \
+		-k "not triton and not aot and not inductor and not ddp and not cuda_on_cpu"
+	$(SANITIZED) $(BIN)/python -P -W ignore -m tests.fuzz.operators $(FUZZ_ARGS)
+
+# 100,000 calls of random sizes; fails if the resident memory grows. Minutes.
+soak: install
+	$(BIN)/python -m pytest -q -m slow -s tests/ops/test_soak.py
 
 # Style, formatting and types; changes nothing.
 lint: install

@@ -11,6 +11,7 @@ Environment variables:
 
 - ``AMIL_FAST_CUDA``: ``0`` builds without CUDA, ``1`` makes a missing nvcc an error; by default nvcc is used if found.
 - ``AMIL_FAST_CUDA_ARCHS``: GPU architectures to compile for, such as ``"90;100"``; fewer architectures build faster.
+- ``AMIL_FAST_SANITIZE``: sanitizers for the C++ code, such as ``address,undefined`` (see ``make sanitize``).
 - ``AMIL_FAST_VERBOSE``: any value prints the compiler commands, unless setup.py runs with ``-q``.
 - ``CUDA_HOME`` (or ``CUDA_PATH``), ``CXX``, ``MAX_JOBS``: as usual.
 """
@@ -106,6 +107,10 @@ class BuildExtension(build_ext):
         cuda_sources = sorted((ROOT / "csrc").rglob("*.cu")) if nvcc else []
         includes = [f"-I{ROOT / 'csrc'}", f"-I{build_dir}"]
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-ffp-contract=off"]
+        sanitizers = []
+        if os.environ.get("AMIL_FAST_SANITIZE"):
+            sanitizers = [f"-fsanitize={os.environ['AMIL_FAST_SANITIZE']}", "-fno-sanitize-recover=all"]
+            common += [*sanitizers, "-O1", "-g", "-fno-omit-frame-pointer"]
         python_includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
         info = {
@@ -151,7 +156,7 @@ class BuildExtension(build_ext):
                     w.build(objects[-1], "nvcc", str(source))
                 libraries = static_cudart_flags(nvcc)
             # Symbols of the static libcudart must not interfere with torch's own copy.
-            libraries += ["-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
+            libraries += ["-ldl", "-lpthread", "-Wl,--exclude-libs,ALL", *sanitizers]
             w.build(str(target), "link", objects, variables={"flags": " ".join(libraries)})
 
         jobs = self.parallel or os.environ.get("MAX_JOBS") or os.cpu_count()
