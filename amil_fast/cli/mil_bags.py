@@ -1,6 +1,5 @@
 """``amil mil train``, ``predict`` and ``evaluate``: bag classifiers on one's own bags."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -153,7 +152,7 @@ def predict(
     """
     console = options.main_console(quiet)
     labeled = load_labeled_bags(bags, labels, need_labels=False)
-    net = _load(model, device)
+    net = load_model(model, device, labeled.source.num_features)
     found = _predicted(console, quiet, net, labeled, None, max_instances, workers)
     given = labeled.labels if any(label is not None for label in labeled.labels) else None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,9 +186,9 @@ def evaluate(
 
     console = options.main_console(quiet)
     labeled = load_labeled_bags(bags, labels)
-    net = _load(model, device)
+    net = load_model(model, device, labeled.source.num_features)
     task = "classification" if net.task == "one_vs_rest" else net.task
-    targets = make_targets(labeled.labels, task, names=None if task == "regression" else _class_names(net))
+    targets = make_targets(labeled.labels, task, names=None if task == "regression" else class_names(net))
     chosen = np.arange(len(labeled.labels)) if split is None else labeled.in_split(split)
     if not len(chosen):
         raise ValueError(f"split: expected bags in {split!r}, found none")
@@ -225,15 +224,19 @@ def describe(path: Path, labeled: LabeledBags, targets: Targets) -> str:
     return text
 
 
-def _class_names(net: MIRNet) -> tuple[str, ...]:
+def class_names(net: MIRNet) -> tuple[str, ...]:
+    """Names of a network's classes; numbers if it has no names."""
     return net.label_names or tuple(str(c) for c in range(max(net.num_classes, 2)))
 
 
-def _load(model: str, device: str | None) -> MIRNet:
+def load_model(model: str, device: str | None, num_features: int) -> MIRNet:
+    """The network of a folder or of the Hugging Face hub, for bags with ``num_features`` features."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = MIRNet.from_pretrained(model if not os.path.isdir(model) else Path(model))
+    net = MIRNet.from_pretrained(model)
+    if num_features != net.in_features:
+        raise ValueError(f"bags: expected {net.in_features} features as in the model, got {num_features}")
     try:
         return net.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -241,10 +244,6 @@ def _load(model: str, device: str | None) -> MIRNet:
 
 
 def _predicted(console, quiet, net, labeled, chosen, max_instances, workers):
-    if labeled.source.num_features != net.in_features:
-        raise ValueError(
-            f"bags: expected {net.in_features} features as in the model, got {labeled.source.num_features}"
-        )
     with options.shown_progress(console, quiet) as show:
         return predict_bags(
             net,
@@ -261,7 +260,7 @@ def _score(console, out, net, labeled, targets, scores, chosen, resamples, title
     result = reports.write_evaluation(
         out,
         net.task,
-        _class_names(net) if net.task != "regression" else (),
+        class_names(net) if net.task != "regression" else (),
         scores[chosen],
         targets.values[chosen],
         threshold=net.threshold,

@@ -48,6 +48,11 @@ def effective_instances(weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torc
     return torch.where(sizes > 0, 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0)
 
 
+def network_input(net: MIRNet, features: torch.Tensor) -> torch.Tensor:
+    """Features in the dtype of the network's parameters; as they are if the network normalizes, which converts them."""
+    return features if net.normalization is not None else features.to(next(net.parameters()).dtype)
+
+
 def has_weights(net: MIRNet) -> bool:
     """True if the pooling of a network has a weight per instance: not for max and log-sum-exp."""
     pool: Any = net.pools[-1]
@@ -81,7 +86,7 @@ def collapse_warning(effective: np.ndarray, sizes: np.ndarray, pooling: str) -> 
 def predict_batch(net: MIRNet, batch: PackedBags) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(scores, effective)`` of a packed batch on the network's device."""
     weighted = has_weights(net)
-    output = net(batch.features, cu_seqlens=batch.cu_seqlens, return_weights=weighted)
+    output = net(network_input(net, batch.features), cu_seqlens=batch.cu_seqlens, return_weights=weighted)
     effective = effective_instances(output.weights[-1], batch.cu_seqlens) if weighted else None
     return output.probabilities.float(), effective
 

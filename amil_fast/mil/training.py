@@ -15,7 +15,7 @@ from amil_fast.mil.classifiers import cosine_factor
 from amil_fast.mil.labels import LabeledBags, Targets
 from amil_fast.mil.metrics import best_threshold
 from amil_fast.mil.packing import PackedLoader, default_workers, pack_by_size, share_by_size
-from amil_fast.mil.prediction import predict_bags
+from amil_fast.mil.prediction import network_input, predict_bags
 from amil_fast.mil.settings import TrainSettings
 from amil_fast.mil.step_loss import bag_losses, class_weights, score_losses
 from amil_fast.mil.training_setup import inner_split, make_accelerator, make_network
@@ -194,7 +194,7 @@ class BagTraining:
             weights = torch.from_numpy(self._weights[indices]).to(device, non_blocking=True)
             batch = batch.to(device)
             with self.accelerator.autocast():
-                output = self.net(batch.features, cu_seqlens=batch.cu_seqlens)
+                output = self.net(network_input(self.net, batch.features), cu_seqlens=batch.cu_seqlens)
             losses = bag_losses(self.net, output.logits.float(), targets.to(device, non_blocking=True))
             loss = (losses * weights).sum() / num_bags
             loss.backward()
