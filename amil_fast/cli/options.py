@@ -38,7 +38,7 @@ FlipTest = Annotated[
 Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]
 Passes = Annotated[
     int,
-    typer.Option(min=1, help="2: two-stage prediction on whole images, on a crop around the joints of the first pass."),
+    typer.Option(min=1, help="2: two-stage prediction on whole images, at several scales and then around the joints."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda if available.")]
 Archive = Annotated[
