@@ -42,7 +42,7 @@ Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, 
 Passes = Annotated[
     int,
     typer.Option(
-        min=1, max=10, help="2: two-stage prediction on whole images, on a crop around the joints of the first pass."
+        min=1, max=10, help="2: two-stage prediction on whole images, at several scales and then around the joints."
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]

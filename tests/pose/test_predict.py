@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from amil_fast.pose.codec import crop_matrix
-from amil_fast.pose.data import Boxes, DataError, VideoFrames
+from amil_fast.pose.data import Boxes, DataError, VideoFrames, load_lsp
 from amil_fast.pose.data.augment import warp_crop
+from amil_fast.pose.evaluation.evaluate import predict_people
 from amil_fast.pose.inference.frames import Frame
 from amil_fast.pose.inference.predict import predict
 from amil_fast.pose.inference.predictor import Predictor, load_model
@@ -281,9 +282,10 @@ def test_missing_inputs(tmp_path):
         predict(predictor, [tmp_path / "empty"], tmp_path / "out", boxes=tmp_path / "boxes.json")
 
 
-@pytest.mark.parametrize(("score", "num_passes"), [(0.9, 2), (0.1, 1)])
+@pytest.mark.parametrize(("score", "num_passes"), [(0.9, 4), (0.1, 3)])
 def test_two_stage_prediction(tmp_path, score, num_passes):
-    """The second crop encloses the joints of the first pass, with a margin; it is skipped if too few are found."""
+    """The first pass predicts at several scales and keeps the one with the highest score. The next crop encloses its
+    joints, with a margin; it is skipped if too few are found."""
     matrices = []
     joints = np.full((14, 2), 40.0)
     joints[3], joints[5] = (30, 20), (50, 60)  # 20 x 40 pixels, edges at 29.5 and 19.5
@@ -293,18 +295,39 @@ def test_two_stage_prediction(tmp_path, score, num_passes):
 
         def __call__(self, images, to_image):
             matrices.append(to_image.numpy())
-            return torch.tensor(joints)[None].float(), torch.full((1, 14), score)
+            second = len(matrices) == 2
+            return torch.tensor(joints if second else joints + 9)[None].float(), torch.full(
+                (1, 14), score + 0.05 * second
+            )
 
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((100, 80, 3), np.uint8))
     predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2)
     assert len(matrices) == num_passes
-    np.testing.assert_allclose(matrices[0][0], crop_matrix((0, 0, 80, 100), 64), rtol=1e-6)
-    if num_passes == 2:
-        np.testing.assert_allclose(matrices[1][0], crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
+    for matrix, margin in zip(matrices, (1, 0.8, 2 / 3), strict=False):
+        np.testing.assert_allclose(matrix[0], crop_matrix((0, 0, 80, 100), 64, margin=margin), rtol=1e-6)
+    if num_passes == 4:
+        np.testing.assert_allclose(matrices[3][0], crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert rows[0]["bbox"] == [0, 0, 80, 100]
+    expected = joints + 9 if num_passes == 4 else joints
+    np.testing.assert_allclose(np.reshape(rows[0]["keypoints"], (14, 3))[:, :2], expected)
     with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
         predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=0)
+
+
+def test_data_set_and_image_give_the_same_joints(tmp_path):
+    """amil evaluate and amil predict: the same crops in the same order."""
+    root = tmp_path / "lsp"
+    make.lsp(root, S=4)
+    people = load_lsp(root, "test")
+    name = people.images[0]
+    write(root / name, paint(ground(90, 70), person(np.random.default_rng(0), 90, 70), 3))
+    predictor = Predictor(ColorFinder())
+    for passes in (1, 2, 3):
+        predict(predictor, [root / name], tmp_path / "out", passes=passes, overlays=False)
+        rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
+        found = predict_people(predictor, people.subset([0]), passes=passes)
+        np.testing.assert_allclose(np.reshape(rows[0]["keypoints"], (14, 3))[:, :2], found[0], atol=0.01)
 
 
 def test_network_seconds_exclude_cropping(tmp_path, monkeypatch):
@@ -326,4 +349,4 @@ def test_network_seconds_exclude_cropping(tmp_path, monkeypatch):
     write(tmp_path / "a.png", ground(80, 100))
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(Frame, "crop", slow_crop)
-    assert predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2).network_seconds == 2
+    assert predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2).network_seconds == 4

@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amil_fast.pose.codec import joints_box
 from amil_fast.pose.data.boxes import Boxes
 from amil_fast.pose.data.inputs import find_inputs, is_video
 from amil_fast.pose.data.video import VideoFrames
 from amil_fast.pose.inference.frames import Frame, FrameReader
 from amil_fast.pose.inference.predictor import Predictor
+from amil_fast.pose.inference.two_stage import best_scale, boxes_of, coarse_margins
 from amil_fast.pose.inference.writers import RESULTS, OverlayWriter, distinct_names, overlay_path, result_rows
 from amil_fast.utils.files import DataError, write_json
 
 _BOX_MARGIN = 1.25
-# A person's box is estimated from joints above this score, if there are at least so many.
-_MIN_BOX_SCORE, _MIN_BOX_JOINTS = 0.2, 4
 
 
 @dataclass
@@ -81,8 +79,8 @@ def predict(
         overlays: write images and videos with the poses drawn over them.
         min_score: joints with lower scores are not drawn; the results contain them.
         margin: side of the crop in units of the box's longer side; by default 1.25, and 1 for whole images.
-        passes: 2 or more for two-stage prediction on whole images: each further pass predicts on a crop around the
-            joints of the one before. Has no effect with ``boxes``.
+        passes: 2 or more for two-stage prediction on whole images: the first pass predicts at several scales, each
+            further one on a crop around the joints of the one before. Has no effect with ``boxes``.
         on_progress: called with (images done, total number, or None if a video does not state its length).
         on_problem: called with a message for every unreadable input and every overlay that could not be written; the
             others are processed.
@@ -122,6 +120,16 @@ def predict(
         """Predicts and writes the waiting frames, in order."""
         frames = [frame for frame in waiting if frame.crops is not None and len(frame.crops)]
         run_network(frames)
+        if boxes is None and passes > 1:
+            found = [[(frame.coords, frame.scores)] for frame in frames]
+            for part in coarse_margins(passes)[1:]:
+                for frame in frames:
+                    frame.crop(frame.boxes, predictor.size, margin * part)
+                run_network(frames)
+                for frame, at_scales in zip(frames, found, strict=True):
+                    at_scales.append((frame.coords, frame.scores))
+            for frame, at_scales in zip(frames, found, strict=True):
+                frame.coords, frame.scores = best_scale(*map(np.stack, zip(*at_scales, strict=True)))
         for _ in range(passes - 1 if boxes is None else 0):
             frames = [frame for frame in frames if _crop_to_joints(frame, predictor.size)]
             run_network(frames)
@@ -162,28 +170,6 @@ def predict(
     summary.written = [*(writer.written if writer else []), out / RESULTS]
     summary.seconds = time.perf_counter() - began
     return summary
-
-
-def boxes_of(coords: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Estimates bounding boxes from predicted joints, with a margin for hands, feet and hair.
-
-    Args:
-        coords: ``(N, K, 2)`` in pixels.
-        scores: ``(N, K)``.
-
-    Returns:
-        ``(N, 4)`` float64 (x, y, width, height), NaN where too few joints have a sufficient score.
-    """
-    boxes = np.full((len(coords), 4), np.nan)
-    for i, (joints, score) in enumerate(zip(coords, scores, strict=True)):
-        confident = (score >= _MIN_BOX_SCORE) & np.isfinite(joints).all(-1)
-        if confident.sum() >= _MIN_BOX_JOINTS:
-            box = joints_box(joints, confident, least=8)
-            assert box is not None  # there are confident joints
-            x, y, w, h = box
-            more = (_BOX_MARGIN - 1) * max(w, h) / 2
-            boxes[i] = x - more, y - more, w + 2 * more, h + 2 * more
-    return boxes
 
 
 def _predict_frames(predictor, frames, batch_size):
