@@ -18,26 +18,69 @@ registers anyway (addresses, tiles converted to float32): 90-130 registers per t
 import triton
 import triton.language as tl
 
+# Initial value of a running maximum: finite instead of -inf, so that the difference of two is 0 instead of NaN.
+LOWEST = tl.constexpr(-3.0e38)
+# Smallest norm with a finite reciprocal in float32.
+SMALLEST = tl.constexpr(1.2e-38)
+
+
+@triton.jit
+def norms(sigma):
+    """``(n, n^2)`` with ``n = ||sigma||`` per row, ``(G, BLOCK_D) -> (G, 1)``.
+
+    The sum of squares is scaled by 2^16: in float32 it keeps its precision down to norms of 4e-22 (square roots flush
+    subnormal numbers), and overflows from 7e16 on.
+    """
+    scaled = sigma * 256
+    total = tl.sum(scaled * scaled, 1, keep_dims=True)
+    return tl.sqrt(total) * 0.00390625, total * 1.52587890625e-05
+
 
 @triton.jit
 def squash_factor(sigma):
     """``n / (1 + n^2)`` with ``n = ||sigma||`` per row, ``(G, BLOCK_D) -> (G, 1)``: s = factor * sigma (Eq. 3)."""
-    n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
-    return tl.sqrt(n_squared) / (1 + n_squared)
+    n, n_squared = norms(sigma)
+    return n / (1 + n_squared)
 
 
 @triton.jit
 def squash_backward(sigma, grad):
     """Product of the squash's transposed Jacobian and ``grad``, both (G, BLOCK_D).
 
-    ``c grad + (c' / n) (sigma . grad) sigma`` with ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``; 0 at 0.
+    ``c grad + (c' / n) (sigma . grad) sigma`` with ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``; 0 for
+    subnormal n.
     """
-    n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
+    n, n_squared = norms(sigma)
     dot = tl.sum(sigma * grad, 1, keep_dims=True)
-    n = tl.sqrt(n_squared)
     one_plus = 1 + n_squared
-    slope = (1 - n_squared) / (one_plus * one_plus) / tl.where(n > 0, n, 1)
-    return tl.where(n > 0, (n / one_plus) * grad + (slope * dot) * sigma, 0)
+    slope = (1 - n_squared) / (one_plus * one_plus) / tl.where(n > SMALLEST, n, 1)
+    return tl.where(n > SMALLEST, (n / one_plus) * grad + (slope * dot) * sigma, 0)
+
+
+@triton.jit
+def vector_norm(sigma):
+    """:func:`norms` of one vector ``(BLOCK_D,)``: scalars."""
+    scaled = sigma * 256
+    total = tl.sum(scaled * scaled, 0)
+    return tl.sqrt(total) * 0.00390625, total * 1.52587890625e-05
+
+
+@triton.jit
+def vector_squash(sigma):
+    """``s = sigma n / (1 + n^2)`` with ``n = ||sigma||`` of one vector ``(BLOCK_D,)`` in float32 (Eq. 3)."""
+    n, n_squared = vector_norm(sigma)
+    return sigma * (n / (1 + n_squared))
+
+
+@triton.jit
+def vector_squash_backward(sigma, grad):
+    """``(s, J' grad)`` of one vector ``(BLOCK_D,)`` in float32: the squash, and its transposed Jacobian times grad."""
+    n, n_squared = vector_norm(sigma)
+    dot = tl.sum(sigma * grad, 0)
+    inverse = 1 / (1 + n_squared)
+    factor = n * inverse
+    slope = (1 - n_squared) * inverse * inverse / tl.where(n > SMALLEST, n, 1)
+    return factor * sigma, tl.where(n > SMALLEST, factor * grad + (slope * dot) * sigma, 0)
 
 
 @triton.jit
@@ -116,3 +159,21 @@ def row_mask(mask_ptr, n, high):
     if mask_ptr is not None:
         valid = valid & (tl.load(mask_ptr + n, mask=valid, other=0) != 0)
     return valid
+
+
+@triton.jit
+def fill(ptr, low, high, value, BLOCK: tl.constexpr):
+    """Stores ``value`` to elements low..high (int64)."""
+    for i in tl.range(low, high, BLOCK):
+        offsets = i + tl.arange(0, BLOCK)
+        tl.store(ptr + offsets, tl.full([BLOCK], value, tl.float32).to(ptr.dtype.element_ty), mask=offsets < high)
+
+
+@triton.jit
+def zero_rest(ptr, cu_seqlens_ptr, B, N, D: tl.constexpr):
+    """Zeros this program's share of the rows of D elements after the last packed bag: a buffer may be longer."""
+    end = tl.load(cu_seqlens_ptr + B).to(tl.int64)
+    if end < N:
+        share = (N - end + tl.num_programs(0) - 1) // tl.num_programs(0)
+        low = tl.minimum(end + tl.program_id(0) * share, N)
+        fill(ptr, low * D, tl.minimum(low + share, N) * D, 0, 1024)

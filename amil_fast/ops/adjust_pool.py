@@ -137,8 +137,8 @@ def pool_bags(
 _library = torch.library.Library("amil_fast", "FRAGMENT")
 _BAGS = "Tensor instances, Tensor? mask, Tensor? lengths, Tensor? cu_seqlens"
 _library.define(
-    f"adjust_pool({_BAGS}, int num_iters, bool return_weights, bool detach_routing, str backend, SymInt? max_seqlen=None)"
-    " -> (Tensor bag, Tensor weights, Tensor sigma, Tensor lse)",
+    f"adjust_pool({_BAGS}, int num_iters, bool return_weights, bool detach_routing, str backend,"
+    " SymInt? max_seqlen=None) -> (Tensor bag, Tensor weights, Tensor sigma, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -183,7 +183,8 @@ def _forward_fake(
         instances.new_empty(num_bags, D),
         instances.new_empty(instances.shape[:-1] if return_weights else (0,), dtype=dtype),
         instances.new_empty(num_bags, num_iters, D, dtype=dtype),
-        instances.new_empty(num_bags, num_iters, dtype=dtype),
+        # backend "triton": shift and scale of each softmax (kernels/adjust_pool_forward.py)
+        instances.new_empty(num_bags, num_iters, *((2,) if backend == "triton" else ()), dtype=dtype),
     )
 
 

@@ -22,11 +22,11 @@ def compile_plan(packed, B, N, D, dtype, backward, plan, dry_run):
         f = torch.empty((N, D) if packed else (B, N, D), dtype=dtype, device="meta")
         cu_seqlens = torch.empty(B + 1, dtype=torch.int32, device="meta") if packed else None
         bags = (f, None, None, cu_seqlens)
-        (bag, _w, sigma, lse), launches = adjust_pool_launch.forward_launches(
-            *bags, NUM_ITERS, False, None if backward else plan
+        (bag, _w, sigma, stats), launches = adjust_pool_launch.forward_launches(
+            *bags, NUM_ITERS, False, plan=None if backward else plan
         )
         if backward:
-            _, launches = adjust_pool_launch.backward_launches(bag, None, *bags, sigma, lse, False, plan)
+            _, launches = adjust_pool_launch.backward_launches(bag, None, *bags, sigma, stats, False, plan=plan)
         usage = {}
         for launch in launches:
             name = launch.kernel.fn.__name__

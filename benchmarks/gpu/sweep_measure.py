@@ -28,17 +28,17 @@ class SweepProblem:
             generator = torch.Generator(device.device).manual_seed(seed)
             f = torch.randn(shape, generator=generator, device=device.device, dtype=dtype).mul_(2 / self.D**0.5)
             g = torch.randn(self.B, self.D, generator=generator, device=device.device, dtype=dtype)
-            _bag, _w, sigma, lse = adjust_pool_launch.forward(f, *self.where, NUM_ITERS, False)
-            self.inputs.append((f, g, sigma, lse))
+            _bag, _w, sigma, stats = adjust_pool_launch.forward(f, *self.where, NUM_ITERS, False)
+            self.inputs.append((f, g, sigma, stats))
 
     def calls(self, backward, plan):
         """One call per input."""
 
-        def forward(f, g, sigma, lse):
-            return adjust_pool_launch.forward(f, *self.where, NUM_ITERS, False, plan)[0]
+        def forward(f, g, sigma, stats):
+            return adjust_pool_launch.forward(f, *self.where, NUM_ITERS, False, plan=plan)[0]
 
-        def back(f, g, sigma, lse):
-            return adjust_pool_launch.backward(g, None, f, *self.where, sigma, lse, False, plan)
+        def back(f, g, sigma, stats):
+            return adjust_pool_launch.backward(g, None, f, *self.where, sigma, stats, False, plan=plan)
 
         return [functools.partial(back if backward else forward, *pair) for pair in self.inputs]
 
