@@ -15,9 +15,9 @@ The gradient of a bag is thus the product of 2 T - 1 numbers per instance and 2 
 The chunk kernels store both, so that the pass that writes the gradient does not read the instances again.
 
 ``c = sum_j w_j^t x_j`` is known only at the end of a pass over chunks. The passes use ``sigma^t . e^t``, equal but for
-rounding and the term of v, and sum the resulting beta, ``delta = sum_i beta_i^t``. At the end h^t loses ``delta
-sigma^t``, and e^t, as a vector of the gradient, ``delta s_sum^t``: ``w_i e^t + (beta_i - w_i delta) s_sum^t``. Without
-this correction, the rounding of ``x_i - c`` grows with every iteration where the weights are nearly one-hot.
+rounding and the term of v, and sum the resulting beta, ``delta = sum_i beta_i^t``. At the end ``delta sigma^t`` is
+subtracted from h^t, and ``w_i delta`` from beta_i where the gradient is written. Without this correction, the rounding
+of ``x_i - c`` grows with every iteration where the weights are nearly one-hot.
 
 With detached routing or T = 1 this reduces to ``dL/df_i = w_i^T e^T``.
 """
@@ -150,7 +150,7 @@ def route(
 
 @triton.jit
 def write_gradient(
-    grad_ptr, mask_ptr, scalars_ptr, vectors_ptr, scale, low, high, padding, T, num_rows,
+    grad_ptr, mask_ptr, scalars_ptr, vectors_ptr, deltas_ptr, scale, low, high, padding, T, num_rows,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of rows low..high of a bag, from 2 (T - 1) numbers per row, and zeros to high..padding."""
@@ -161,7 +161,11 @@ def write_gradient(
         valid = row_mask(mask_ptr, n, high)[:, None]
         grad = scale * tl.load(vectors_ptr + d, mask=d < D, other=0) + tl.zeros([BLOCK_N, BLOCK_D], dtype)
         for term in tl.range(1, 2 * T - 1, disable_licm=True):
-            x = tl.load(scalars_ptr + (term - 1) * num_rows.to(tl.int64) + n[:, None], mask=valid, other=0)
+            x_ptr = scalars_ptr + (term - 1) * num_rows.to(tl.int64)
+            x = tl.load(x_ptr + n[:, None], mask=valid, other=0)
+            if term >= T:  # beta, from which w delta is to be subtracted
+                w = tl.load(x_ptr - (T - 1) * num_rows.to(tl.int64) + n[:, None], mask=valid, other=0)
+                x -= w * tl.load(deltas_ptr + term - T + 1)
             grad += x * tl.load(vectors_ptr + term * D + d, mask=d < D, other=0)
         grad = tl.where(valid, grad, 0).to(grad_ptr.dtype.element_ty)
         ptrs = grad_ptr + n0 * tl.full([], D, tl.int64) + (tl.arange(0, BLOCK_N)[:, None] * D + d)
@@ -195,7 +199,7 @@ def last_e(grad_bag_ptr, sigma_ptr, b, T, D: tl.constexpr, BLOCK_D: tl.constexpr
 )
 def adjust_pool_backward_chunks_kernel(
     grad_bag_ptr, grad_weights_ptr, instances_ptr, mask_ptr, lengths_ptr, cu_seqlens_ptr, sigma_ptr, softmax_stats_ptr,
-    scalars_ptr, vectors_ptr, stats_ptr, partial_ptr, counters_ptr,
+    scalars_ptr, vectors_ptr, deltas_ptr, stats_ptr, partial_ptr, counters_ptr,
     B, N, T, first_t, num_rows, num_slots, chunk_rows, min_rows, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, MERGE_N: tl.constexpr, NUM_STAGES: tl.constexpr, DOT: tl.constexpr,
@@ -209,8 +213,9 @@ def adjust_pool_backward_chunks_kernel(
 
     Bytes moved: reads the instances T - 1 times; writes w and beta of each iteration.
     Workspace: scalars (2 T - 2, num_rows): w of iterations 2 ... T, then beta; vectors (B, 2 T - 1, D): e of iterations
-    1 ... T, then s_sum of 2 ... T; row 0 holds the running sum of h until e^1 replaces it. stats (slots,), partial
-    (slots, D); counters (T, 2, slots) int32, zero-initialized. Accumulates in the dtype of sigma.
+    1 ... T, then s_sum of 2 ... T; row 0 holds the running sum of h until e^1 replaces it. deltas (B, T): delta of each
+    iteration but the first; stats (slots,), partial (slots, D); counters (T, 2, slots) int32, zero-initialized.
+    Accumulates in the dtype of sigma.
     Asserted by the launcher: T >= 2; unit stride along D; BLOCK_D >= D; strides in units of UNIT; contiguous gradients;
     without SPLIT, no bag has more than one chunk; grad_weights_ptr only with first_t = T - 1; DOT for 16-bit instances
     only.
@@ -265,7 +270,8 @@ def adjust_pool_backward_chunks_kernel(
                     )  # fmt: skip
             if complete:
                 h_t -= delta * tl.load(sigmas_ptr + t * D + d, mask=d < D, other=0)
-                tl.store(es_ptr + t * D + d, e - delta * s_sum, mask=d < D)
+                tl.store(deltas_ptr + row + t + tl.arange(0, 1)[None, :], delta)
+                tl.store(es_ptr + t * D + d, e, mask=d < D)
                 tl.store(es_ptr + (T + t - 1) * D + d, s_sum, mask=d < D)
                 if t < T - 1:
                     h_t += tl.load(es_ptr + d, mask=d < D, other=0)  # the running sum
@@ -280,7 +286,7 @@ def adjust_pool_backward_chunks_kernel(
 @triton.jit(do_not_specialize=["B", "N", "T", "num_rows", "chunk_rows", "min_rows"])
 def adjust_pool_backward_write_kernel(
     mask_ptr, lengths_ptr, cu_seqlens_ptr, softmax_stats_ptr,
-    grad_ptr, scalars_ptr, vectors_ptr,
+    grad_ptr, scalars_ptr, vectors_ptr, deltas_ptr,
     B, N, T, num_rows, chunk_rows, min_rows,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -302,13 +308,14 @@ def adjust_pool_backward_write_kernel(
         v_ptr = vectors_ptr + (2 * row - b) * D
         if DOT:
             write_gradient_dot(
-                g_ptr, m_ptr, scalars_ptr + start, v_ptr, scale, low, high, padding, T, num_rows, D, ONE_BLOCK, BLOCK_N,
-                BLOCK_D,
+                g_ptr, m_ptr, scalars_ptr + start, v_ptr, deltas_ptr + row, scale, low, high, padding, T, num_rows, D,
+                ONE_BLOCK, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         else:
             write_gradient(
-                g_ptr, m_ptr, scalars_ptr + start, v_ptr, scale, low, high, padding, T, num_rows, D, BLOCK_N, BLOCK_D
-            )
+                g_ptr, m_ptr, scalars_ptr + start, v_ptr, deltas_ptr + row, scale, low, high, padding, T, num_rows, D,
+                BLOCK_N, BLOCK_D,
+            )  # fmt: skip
     if cu_seqlens_ptr is not None:
         zero_rest(grad_ptr, cu_seqlens_ptr, B, N, D)
 

@@ -49,8 +49,10 @@ class PlanLimits:
     dot_features: int = 256
     dot_iterations: int = 5
     # Tiles of the chunk kernels by features: (features at most, elements, warps, programs per multiprocessor). They
-    # allow 37-80 bytes per cycle and multiprocessor (kernels/budget.json) and have 48-64 KB of loads in flight.
-    dot_tiles: tuple = ((128, 8192, 4, 3), (512, 16384, 4, 2), (2048, 32768, 8, 1))
+    # allow 37-77 bytes per cycle and multiprocessor (kernels/budget.json) and have 48-64 KB of loads in flight.
+    # Backward up to 1024 features: the kernel for 2048 spills.
+    dot_tiles: tuple = ((128, 8192, 4, 3), (512, 16384, 4, 2), (1024, 32768, 8, 1), (2048, 32768, 8, 1))
+    dot_features_backward: int = 1024
     # Rows per chunk at least, so that its partial result is below 4 % of its bytes in 16 bits, and bytes at most, so
     # that the last chunks of a large input do not determine the run time.
     chunk_rows: int = 64
@@ -97,8 +99,8 @@ class ChunkConfig:
 
     @property
     def merge_n(self) -> int:
-        """Partial results that a program merges at a time: 16 elements per thread."""
-        return _clamp(16 * WARP * self.num_warps // self.block_d, 1, self.block_n)
+        """Partial results that a program merges at a time: 8 elements per thread."""
+        return _clamp(8 * WARP * self.num_warps // self.block_d, 1, self.block_n)
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ def pick_plan(
     longest = N if not packed or max_seqlen is None else max(min(N, max_seqlen), 1)
     # Shared memory: the tile, its copy in another layout or the parts of a vector.
     dot = itemsize == 2 and (routing or not backward) and block_d * 16 * itemsize * 2 <= shared_memory
+    dot = dot and not (backward and block_d > limits.dot_features_backward)
     on_chip_dot = dot and num_iters <= limits.dot_iterations and limits.dot_most * itemsize + 16384 <= shared_memory
 
     def on_chip(rows):

@@ -370,6 +370,7 @@ def backward_launches(
         steps = {
             "scalars_ptr": sigma.new_empty(2 * T - 2, bags.rows),
             "vectors_ptr": sigma.new_empty(bags.B, 2 * T - 1, bags.D),
+            "deltas_ptr": sigma.new_empty(bags.B, T),
             "num_rows": bags.rows,
         }
         # A mask or a gradient of the weights increases register pressure: lower occupancy is preferred to spills.

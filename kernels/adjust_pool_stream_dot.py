@@ -130,13 +130,20 @@ def gradient_vectors(vectors_ptr, first, terms, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def gradient_numbers(scalars_ptr, n, valid, scale, first, terms, num_rows):
-    """Numbers per row of terms first ... as columns (BLOCK_N, OUTER) of an outer product: high, high, low part."""
+def gradient_numbers(scalars_ptr, deltas_ptr, n, valid, scale, first, T, num_rows):
+    """Numbers per row of terms first ... as columns (BLOCK_N, OUTER) of an outer product: high, high, low part.
+
+    ``w delta`` is subtracted from beta in float32, before rounding: where the weights are one-hot, they almost cancel.
+    """
+    terms = 2 * T - 1
     c = tl.arange(0, OUTER)
     term = first + c // 3
     used = (term < terms) & (c < 3 * OUTER_TERMS)
     ptrs = scalars_ptr + (term - 1)[None, :] * num_rows.to(tl.int64) + n[:, None]
     x = tl.load(ptrs, mask=valid[:, None] & (used & (term > 0))[None, :], other=0)
+    is_beta = used & (term >= T)
+    w = tl.load(ptrs - (T - 1) * num_rows.to(tl.int64), mask=valid[:, None] & is_beta[None, :], other=0)
+    x -= w * tl.load(deltas_ptr + (term - T + 1), mask=is_beta, other=0)[None, :]
     x = tl.where(valid[:, None] & (term == 0)[None, :], scale, x)
     high = x.to(tl.bfloat16)
     low = (x - high.to(tl.float32)).to(tl.bfloat16)
@@ -145,7 +152,7 @@ def gradient_numbers(scalars_ptr, n, valid, scale, first, terms, num_rows):
 
 @triton.jit
 def write_gradient_dot(
-    grad_ptr, mask_ptr, scalars_ptr, vectors_ptr, scale, low, high, padding, T, num_rows,
+    grad_ptr, mask_ptr, scalars_ptr, vectors_ptr, deltas_ptr, scale, low, high, padding, T, num_rows,
     D: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of rows low..high of a bag as ``write_gradient``, and zeros to high..padding.
@@ -161,11 +168,11 @@ def write_gradient_dot(
         n = n0 + tl.arange(0, BLOCK_N)
         valid = row_mask(mask_ptr, n, high)
         if ONE_BLOCK:
-            grad = product(gradient_numbers(scalars_ptr, n, valid, scale, 0, terms, num_rows), vectors)
+            grad = product(gradient_numbers(scalars_ptr, deltas_ptr, n, valid, scale, 0, T, num_rows), vectors)
         else:
             grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for first in tl.range(0, terms, OUTER_TERMS, disable_licm=True):
-                numbers = gradient_numbers(scalars_ptr, n, valid, scale, first, terms, num_rows)
+                numbers = gradient_numbers(scalars_ptr, deltas_ptr, n, valid, scale, first, T, num_rows)
                 grad = add_product(grad, numbers, gradient_vectors(vectors_ptr, first, terms, D, BLOCK_D))
         ptrs = grad_ptr + n0 * tl.full([], D, tl.int64) + (tl.arange(0, BLOCK_N)[:, None] * D + d[None, :])
         tl.store(ptrs, grad.to(grad_ptr.dtype.element_ty), mask=(n < padding)[:, None] & (d < D)[None, :])

@@ -56,6 +56,7 @@ class PoolCall:
 
 
 ALL = tuple(DTYPES)
+WIDTHS = (64, 96, 128, 160, 192, 200, 256, 384, 512, 768, 1024, 2048)
 CALLS = (
     # tiny bags, several per program
     PoolCall(4096, 8, 32, "mask", weights=True, dtypes=ALL),
@@ -93,6 +94,8 @@ CALLS = (
     PoolCall(64, 3_000_000, 1024, "packed", dtypes=ALL),
     PoolCall(64, 3_000_000, 1024, "packed", weights=True),
     PoolCall(64, 3_000_000, 1024, "packed", detach=True),
+    # widths: no layout may be much slower than that of the next widths (aot_count.py)
+    *(PoolCall(64, 20_000, D, dtypes=("bf16",)) for D in WIDTHS),
 )
 # Subset for tests: each kernel and strategy at least once.
 SOME_CALLS = (

@@ -218,8 +218,8 @@ def test_strides(form, name, how):
     other = strided(f, how)
     assert other.stride() != f.stride() or other.data_ptr() % 16
     actual = run(other, where, 3, False, g.expand(2, *g.shape)[1], v, plan)
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(actual, expected, strict=True):  # the layout of a tile, hence the order of sums, may differ
+        assert relative_error(a, b) < 1e-14
 
 
 def test_expanded_instances():
@@ -398,7 +398,7 @@ def test_plans_fit(packed, B, N, D, itemsize, backward):
         assert config.block_d >= D
         assert config.split == (config.chunk_rows < N)
         assert config.block_n * config.block_d * words <= config.num_warps * 32 * (128 if config.dot else 32)
-        assert config.dot == (itemsize == 2 and 16 <= config.block_d <= 2048)
+        assert config.dot == (itemsize == 2 and 16 <= config.block_d <= (1024 if backward else 2048))
     assert plan.on_chip is not None or plan.chunks is not None
 
 
@@ -475,17 +475,27 @@ def test_dot_matches_reference(form, name, T, detach, dtype):
     assert torch.all(grad[masked] == 0)
 
 
-@HALF
-@pytest.mark.parametrize("name", ["one bag", "stream", "split"])
-@pytest.mark.parametrize(("norm", "T"), [(1e-3, 3), (0.3, 8), (3, 5), (9, 3), (30, 3), (1e3, 2)])
+@pytest.mark.parametrize("name", ["one bag", "stream"])
+@pytest.mark.parametrize(
+    ("norm", "T", "dtype"),
+    [
+        (1e-3, 3, torch.bfloat16),
+        (0.3, 8, torch.float16),
+        (3, 5, torch.bfloat16),
+        (9, 3, torch.float16),
+        (30, 3, torch.float16),
+        (1e3, 2, torch.float16),
+        (1e3, 2, torch.bfloat16),
+    ],
+)
 def test_dot_is_as_accurate_as_float32_products(name, norm, T, dtype):
-    """At most 1.5 times the error of the same kernels with products in float32, before rounding to 16 bits.
+    """At most 1.5 times the error of the same kernels with products in float32, or 1e-6.
 
     Instances share a direction, so that the logits reach about 80 at norm 9 and the weights are one-hot above.
     """
     generator = torch.Generator().manual_seed(7)
-    f = torch.randn(6, 17, 40, generator=generator, dtype=torch.float64)
-    f = f / torch.linalg.vector_norm(f, dim=-1, keepdim=True) + torch.randn(6, 1, 40, generator=generator) / 40**0.5
+    f = torch.randn(2, 17, 40, generator=generator, dtype=torch.float64)
+    f = f / torch.linalg.vector_norm(f, dim=-1, keepdim=True) + torch.randn(2, 1, 40, generator=generator) / 40**0.5
     f = (f * norm).to(dtype).to(DEVICE)
     where = dict.fromkeys(("mask", "lengths", "cu_seqlens"))
     g, v = upstream(f, where)
