@@ -160,13 +160,12 @@ def write_gradient(
         n = n0 + tl.arange(0, BLOCK_N)
         valid = row_mask(mask_ptr, n, high)[:, None]
         grad = scale * tl.load(vectors_ptr + d, mask=d < D, other=0) + tl.zeros([BLOCK_N, BLOCK_D], dtype)
-        for term in tl.range(1, 2 * T - 1, disable_licm=True):
-            x_ptr = scalars_ptr + (term - 1) * num_rows.to(tl.int64)
-            x = tl.load(x_ptr + n[:, None], mask=valid, other=0)
-            if term >= T:  # beta, from which w delta is to be subtracted
-                w = tl.load(x_ptr - (T - 1) * num_rows.to(tl.int64) + n[:, None], mask=valid, other=0)
-                x -= w * tl.load(deltas_ptr + term - T + 1)
-            grad += x * tl.load(vectors_ptr + term * D + d, mask=d < D, other=0)
+        for t in tl.range(1, T, disable_licm=True):
+            x_ptr = scalars_ptr + (t - 1) * num_rows.to(tl.int64) + n[:, None]
+            w = tl.load(x_ptr, mask=valid, other=0)
+            beta = tl.load(x_ptr + (T - 1) * num_rows.to(tl.int64), mask=valid, other=0) - w * tl.load(deltas_ptr + t)
+            grad += w * tl.load(vectors_ptr + t * D + d, mask=d < D, other=0)
+            grad += beta * tl.load(vectors_ptr + (T + t - 1) * D + d, mask=d < D, other=0)
         grad = tl.where(valid, grad, 0).to(grad_ptr.dtype.element_ty)
         ptrs = grad_ptr + n0 * tl.full([], D, tl.int64) + (tl.arange(0, BLOCK_N)[:, None] * D + d)
         tl.store(ptrs, grad, mask=(n < padding)[:, None] & (d < D))

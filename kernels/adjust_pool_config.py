@@ -172,8 +172,9 @@ def _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot, multiproce
         block_n = _clamp(elements // block_d, 1, limits.chunk_block_n)
         num_stages = max(limits.chunk_stages - itemsize // 4, 1) if itemsize < 8 else 1
         programs = limits.chunk_programs
-        # float64, or rows that do not fill their tile: needs more registers than two programs per multiprocessor allow
-        registers = limits.chunk_registers if words == 1 and D == block_d else MAX_REGISTERS
+        # float64, rows that do not fill their tile, very wide rows: need more registers than two programs allow
+        narrow = words == 1 and D == block_d < limits.chunk_wide_features
+        registers = limits.chunk_registers if narrow else MAX_REGISTERS
     rows = N if packed else B * N
     resident = programs * multiprocessors
     waves = -(-rows * D * itemsize // (resident * limits.chunk_bytes))

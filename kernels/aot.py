@@ -9,6 +9,7 @@ and exits with status 1 if a kernel spills registers, fails to compile, or excee
 import argparse
 import concurrent.futures
 import importlib
+import inspect
 import json
 import os
 import re
@@ -253,7 +254,7 @@ def compile_kernels(job):
             source = Path(folder) / "kernel.ptx"
             source.write_text(ptx)
             command = [
-                get_ptxas(job.arch).path,
+                _ptxas(job.arch),
                 "-v",
                 f"--gpu-name={target}",
                 source,
@@ -273,6 +274,12 @@ def compile_kernels(job):
         return [KernelUsage(job.name, job.config, job.arch, error=error.stderr.strip())]
     except Exception as error:  # any compiler error is a row of the table
         return [KernelUsage(job.name, job.config, job.arch, error=f"{type(error).__name__}: {error}")]
+
+
+def _ptxas(arch):
+    """Path of ptxas for an architecture; Triton 3.5 has one for all."""
+    takes_arch = bool(inspect.signature(get_ptxas).parameters)
+    return (get_ptxas(arch) if takes_arch else get_ptxas()).path
 
 
 def _compile_cuda(job):

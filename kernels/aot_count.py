@@ -78,11 +78,14 @@ def check_budget(usages):
     budget = json.loads(BUDGET.read_text())
     bad = []
     for usage in usages:
+        if usage.error:
+            continue
         for limit in budget["limits"]:
             if usage.arch != limit["arch"] or not re.search(limit["kernel"], f"{usage.name} {usage.config}"):
                 continue
             if usage.instructions > limit.get("instructions", usage.instructions):
-                bad.append(f"{limit['what']}: {usage.instructions} warp instructions, at most {limit['instructions']}")
+                most = limit["instructions"]
+                bad.append(f"{limit['what']}: {usage.instructions} warp instructions, at most {most}")
             if usage.rate < limit.get("rate", 0):
                 bad.append(f"{limit['what']}: {usage.rate:.1f} bytes per cycle, at least {limit['rate']}")
         known = budget["counts"].get(f"{usage.name} sm_{usage.arch} {usage.config}")
@@ -95,9 +98,13 @@ def check_budget(usages):
 
 
 def update_budget(usages):
-    """Replaces the counts of budget.json by those of ``usages``; the limits stay."""
+    """Updates the counts of budget.json by those of ``usages``; drops those of another Triton version."""
     budget = json.loads(BUDGET.read_text())
-    counts = {f"{u.name} sm_{u.arch} {u.config}": [u.instructions, u.programs] for u in usages if u.instructions}
+    known = budget["counts"] if budget["triton"] == triton.__version__ else {}
+    counts = dict(known)
+    for usage in usages:
+        if usage.instructions:
+            counts[f"{usage.name} sm_{usage.arch} {usage.config}"] = [usage.instructions, usage.programs]
     budget |= {"triton": triton.__version__, "counts": dict(sorted(counts.items()))}
     limits = ",\n  ".join(json.dumps(limit) for limit in budget["limits"])
     lines = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in budget["counts"].items())
