@@ -7,89 +7,64 @@ exp(b_i - maximum) f_i``. Backward: plain sums; there is no maximum, and the val
 
 import triton
 import triton.language as tl
-from amil_fast.kernels.adjust_pool_common import bag_extent
-
-# Initial value of a running maximum: finite instead of -inf, so that the difference of two is 0 instead of NaN.
-LOWEST = tl.constexpr(-3.0e38)
+from amil_fast.kernels.adjust_pool_common import LOWEST, bag_extent
 
 
 @triton.jit
-def find_bag(cu_seqlens_ptr, row, B):
-    """Index of the packed bag that contains row ``row``, by binary search on the device (no host synchronization)."""
+def find_bag(cu_seqlens_ptr, slot, B, chunk_rows):
+    """Packed bag that slot ``slot`` belongs to, by binary search on the device (no host synchronization)."""
     low = B * 0
     high = B
-    while high - low > 1:  # cu_seqlens[low] <= row < cu_seqlens[high]
+    while high - low > 1:  # first slot of low <= slot < first slot of high
         middle = (low + high) // 2
-        below = tl.load(cu_seqlens_ptr + middle).to(tl.int64) <= row
+        below = tl.load(cu_seqlens_ptr + middle).to(tl.int64) // chunk_rows + middle <= slot
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
     return low
 
 
 @triton.jit
-def locate(pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS: tl.constexpr):
-    """Work assigned to a program of a chunk kernel. The grid depends on shapes alone; sizes are read on the device.
+def locate(slot, lengths_ptr, cu_seqlens_ptr, B, N, chunk_rows, min_rows, SPLIT: tl.constexpr):
+    """Work assigned to a slot of a chunk kernel. The grid depends on shapes alone; sizes are read on the device.
 
-    Each of the first ``num_slots`` programs serves one slot. Padded bags have ``ceil(N / chunk_rows)`` slots each;
-    slots past a bag's length are idle. Packed bags have a slot at each row that is a multiple of ``chunk_rows``, and a
-    bag is divided evenly among the slots whose row it contains. Thus ``ceil(total / chunk_rows)`` slots serve any mix
-    of lengths, and no chunk exceeds ``2 * chunk_rows`` rows; slots after the last bag are idle. Packed bags without a
-    slot are shorter than ``chunk_rows``; they are served by the programs after the slots, each of which scans OWN_BAGS
-    bags.
+    A slot serves at most one chunk of ``chunk_rows`` rows of one bag. Padded bags have ``ceil(N / chunk_rows)`` slots
+    each. Packed bag b, in rows start..end, has the slots ``start // chunk_rows + b`` ... ``end // chunk_rows + b``, at
+    least as many as chunks, so that ``N // chunk_rows + B`` slots serve any mix of lengths. Without SPLIT, bag b has
+    slot b alone, for all of its rows.
 
-    Returns scalars: the first bag and the exclusive end of the range of bags to scan (see :func:`bag_rows`), one bag
-    for the program of a slot; the index of the chunk in the bag; the number of chunks of the bag, 0 for idle slots and
-    for the programs after the slots; the slot of the first chunk of the bag; and the number of rows of a chunk.
+    Returns scalars: the bag; its first row in the flattened instances (int64); the index of the chunk in the bag; the
+    number of chunks of the bag, at least 1, or 0 if it is served on chip (packed bags of at most ``min_rows`` rows);
+    the slot of the first chunk; and the chunk's first row and exclusive last row in the bag and the exclusive end of
+    the padding after it. Slots with ``index >= chunks`` have padding at most.
     """
-    if pid >= num_slots:
-        b = (pid - num_slots) * OWN_BAGS
-        last_bag = tl.minimum(b + OWN_BAGS, B)
-        index = slot * 0
-        chunks = slot * 0
+    if cu_seqlens_ptr is not None:
+        b = slot
         first_slot = slot
-        rows = N
-    else:
-        if cu_seqlens_ptr is not None:
-            b = find_bag(cu_seqlens_ptr, slot.to(tl.int64) * chunk_rows, B)
-            start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
-            first_slot = ((start + chunk_rows - 1) // chunk_rows).to(tl.int32)
-            chunks = ((start + length - 1) // chunk_rows).to(tl.int32) + 1 - first_slot
-            rows = (length + chunks - 1) // tl.maximum(chunks, 1)
-            index = slot - first_slot
-            after_last_bag = slot.to(tl.int64) * chunk_rows >= start + length
-            chunks = tl.where((length > min_rows) & (after_last_bag == 0), chunks, 0)
-        else:
-            slots_per_bag = (N + chunk_rows - 1) // chunk_rows
-            b = slot // slots_per_bag
-            start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
-            first_slot = b * slots_per_bag
-            chunks = tl.maximum((length + chunk_rows - 1) // chunk_rows, 1)
+        if SPLIT:
+            b = find_bag(cu_seqlens_ptr, slot, B, chunk_rows)
+        start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
+        rows = length
+        if SPLIT:
+            first_slot = (start // chunk_rows).to(tl.int32) + b
             rows = chunk_rows
-            index = slot - first_slot
-            chunks = tl.where(index < chunks, chunks, 0)
-        last_bag = b + 1
-    return b, last_bag, index, chunks, first_slot, rows
-
-
-@triton.jit
-def bag_rows(pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows):
-    """Rows of bag b, in the range returned by :func:`locate`, that are assigned to program ``pid``.
-
-    Returns scalars: the first row of the bag in the flattened instances (int64); within the bag, the first and the last
-    (exclusive) row of the chunk and the end of the padding to fill after it (at most the last row if there is none);
-    and whether there is anything to compute.
-    """
-    start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
+    else:
+        slots_per_bag = (N + chunk_rows - 1) // chunk_rows
+        b = slot // slots_per_bag
+        start, length = bag_extent(lengths_ptr, cu_seqlens_ptr, b, N)
+        first_slot = b * slots_per_bag
+        rows = chunk_rows
+    index = slot - first_slot
+    chunks = tl.maximum((length + chunk_rows - 1) // chunk_rows, 1)
+    if not SPLIT:
+        chunks = tl.minimum(chunks, 1)
     low = index * rows
     high = tl.minimum(low + rows, length)
     if cu_seqlens_ptr is None:
         padding = tl.minimum(low + rows, N)
-        work = chunks > 0
     else:
-        without_slot = (start + chunk_rows - 1) // chunk_rows * chunk_rows >= start + length
-        work = tl.where(pid < num_slots, chunks > 0, without_slot & (length > min_rows))
-        padding = tl.where(work, high, low)
-    return start, low, high, padding, work
+        chunks = tl.where(length > min_rows, chunks, 0)
+        padding = tl.where(index < chunks, high, low)
+    return b, start, index, chunks, first_slot, low, high, padding
 
 
 @triton.jit

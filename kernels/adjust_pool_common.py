@@ -18,25 +18,28 @@ registers anyway (addresses, tiles converted to float32): 90-130 registers per t
 import triton
 import triton.language as tl
 
+# Initial value of a running maximum: finite instead of -inf, so that the difference of two is 0 instead of NaN.
+LOWEST = tl.constexpr(-3.0e38)
+# Smallest norm with a finite reciprocal in float32.
+SMALLEST = tl.constexpr(1.2e-38)
+
 
 @triton.jit
-def norm_of(sigma):
-    """``(n^2, n)`` with ``n = ||sigma||`` per row, ``(G, BLOCK_D) -> (G, 1)``.
+def norms(sigma):
+    """``(n, n^2)`` with ``n = ||sigma||`` per row, ``(G, BLOCK_D) -> (G, 1)``.
 
-    Where the squares underflow, n is computed from sigma scaled by a power of two.
+    The sum of squares is scaled by 2^16: in float32 it keeps its precision down to norms of 4e-22 (square roots flush
+    subnormal numbers), and overflows from 7e16 on.
     """
-    tiny: tl.constexpr = 2.0**-900 if sigma.dtype == tl.float64 else 2.0**-64
-    scale: tl.constexpr = 2.0**600 if sigma.dtype == tl.float64 else 2.0**80
-    n_squared = tl.sum(sigma * sigma, 1, keep_dims=True)
-    scaled = sigma * scale
-    n_scaled = tl.sqrt(tl.sum(scaled * scaled, 1, keep_dims=True)) * (1 / scale)
-    return n_squared, tl.where(n_squared < tiny, n_scaled, tl.sqrt(n_squared))
+    scaled = sigma * 256
+    total = tl.sum(scaled * scaled, 1, keep_dims=True)
+    return tl.sqrt(total) * 0.00390625, total * 1.52587890625e-05
 
 
 @triton.jit
 def squash_factor(sigma):
     """``n / (1 + n^2)`` with ``n = ||sigma||`` per row, ``(G, BLOCK_D) -> (G, 1)``: s = factor * sigma (Eq. 3)."""
-    n_squared, n = norm_of(sigma)
+    n, n_squared = norms(sigma)
     return n / (1 + n_squared)
 
 
@@ -44,14 +47,40 @@ def squash_factor(sigma):
 def squash_backward(sigma, grad):
     """Product of the squash's transposed Jacobian and ``grad``, both (G, BLOCK_D).
 
-    ``c grad + (c' / n) (sigma . grad) sigma`` with ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``; 0 at 0.
+    ``c grad + (c' / n) (sigma . grad) sigma`` with ``c = n / (1 + n^2)`` and ``c' = (1 - n^2) / (1 + n^2)^2``; 0 for
+    subnormal n.
     """
-    n_squared, n = norm_of(sigma)
+    n, n_squared = norms(sigma)
     dot = tl.sum(sigma * grad, 1, keep_dims=True)
     one_plus = 1 + n_squared
-    # No higher power of n than its square is formed, as it would overflow or underflow.
-    radial = (1 - n_squared) / one_plus / one_plus * (dot / tl.where(n > 0, n, 1))
-    return tl.where(n > 0, (n / one_plus) * grad + radial * sigma, 0)
+    slope = (1 - n_squared) / (one_plus * one_plus) / tl.where(n > SMALLEST, n, 1)
+    return tl.where(n > SMALLEST, (n / one_plus) * grad + (slope * dot) * sigma, 0)
+
+
+@triton.jit
+def vector_norm(sigma):
+    """:func:`norms` of one vector ``(BLOCK_D,)``: scalars."""
+    scaled = sigma * 256
+    total = tl.sum(scaled * scaled, 0)
+    return tl.sqrt(total) * 0.00390625, total * 1.52587890625e-05
+
+
+@triton.jit
+def vector_squash(sigma):
+    """``s = sigma n / (1 + n^2)`` with ``n = ||sigma||`` of one vector ``(BLOCK_D,)`` in float32 (Eq. 3)."""
+    n, n_squared = vector_norm(sigma)
+    return sigma * (n / (1 + n_squared))
+
+
+@triton.jit
+def vector_squash_backward(sigma, grad):
+    """``(s, J' grad)`` of one vector ``(BLOCK_D,)`` in float32: the squash, and its transposed Jacobian times grad."""
+    n, n_squared = vector_norm(sigma)
+    dot = tl.sum(sigma * grad, 0)
+    inverse = 1 / (1 + n_squared)
+    factor = n * inverse
+    slope = (1 - n_squared) * inverse * inverse / tl.where(n > SMALLEST, n, 1)
+    return factor * sigma, tl.where(n > SMALLEST, factor * grad + (slope * dot) * sigma, 0)
 
 
 @triton.jit
@@ -133,14 +162,18 @@ def row_mask(mask_ptr, n, high):
 
 
 @triton.jit
-def zero_after_last_bag(
-    ptr, cu_seqlens_ptr, B, total, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Writes 0 to the rows of ``ptr (total, D)`` from ``cu_seqlens[B]`` on; all programs of the grid share the rows."""
+def fill(ptr, low, high, value, BLOCK: tl.constexpr):
+    """Stores ``value`` to elements low..high (int64)."""
+    for i in tl.range(low, high, BLOCK):
+        offsets = i + tl.arange(0, BLOCK)
+        tl.store(ptr + offsets, tl.full([BLOCK], value, tl.float32).to(ptr.dtype.element_ty), mask=offsets < high)
+
+
+@triton.jit
+def zero_rest(ptr, cu_seqlens_ptr, B, N, D: tl.constexpr):
+    """Zeros this program's share of the rows of D elements after the last packed bag: a buffer may be longer."""
     end = tl.load(cu_seqlens_ptr + B).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    first = end + tl.program_id(0) * BLOCK_N
-    for n0 in range(first, total, tl.num_programs(0) * BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
-        zeros = tl.zeros([BLOCK_N, BLOCK_D], ptr.dtype.element_ty)
-        tl.store(ptr + n[:, None] * D + d[None, :], zeros, mask=(n < total)[:, None] & (d < D)[None, :])
+    if end < N:
+        share = (N - end + tl.num_programs(0) - 1) // tl.num_programs(0)
+        low = tl.minimum(end + tl.program_id(0) * share, N)
+        fill(ptr, low * D, tl.minimum(low + share, N) * D, 0, 1024)

@@ -40,27 +40,42 @@ class PlanLimits:
     chunk_wide_features: int = 4096
     # Maximum rows of a tile; more do not improve the loads, and each row has its own maximum and sums.
     chunk_block_n: int = 256
-    # Chunks per multiprocessor: enough to balance ragged chunks.
-    chunks_per_multiprocessor: int = 8
-    # Minimum rows of a chunk: its partial result, D float32, then stays below 1 % of its bytes in float16.
-    chunk_rows: int = 256
+    # Programs per multiprocessor that fit with the registers above.
+    chunk_programs: int = 2
+    # Products on tensor cores (16-bit instances). On chip: at least as many elements per bag, below which several bags
+    # per program are better, and at most as many: 64 KB of shared memory. Iterations that the unrolled kernels serve.
+    dot_least: int = 4096
+    dot_most: int = 32768
+    dot_features: int = 256
+    dot_iterations: int = 5
+    # Tiles of the chunk kernels by features: (features at most, elements, warps, programs per multiprocessor). They
+    # allow 37-77 bytes per cycle and multiprocessor (kernels/budget.json) and have 48-64 KB of loads in flight.
+    # Backward up to 1024 features: the kernel for 2048 spills.
+    dot_tiles: tuple = ((128, 8192, 4, 3), (512, 16384, 4, 2), (1024, 32768, 8, 1), (2048, 32768, 8, 1))
+    dot_features_backward: int = 1024
+    # Rows per chunk at least, so that its partial result is below 4 % of its bytes in 16 bits, and bytes at most, so
+    # that the last chunks of a large input do not determine the run time.
+    chunk_rows: int = 64
+    chunk_bytes: int = 1 << 19
     # Chunks merged by one program: two levels of 32 reach 1024 chunks per bag.
     group: int = 32
     # One program per bag from this number of bags per multiprocessor on: a split takes T launches instead of one, while
     # streaming reads the instances again from memory instead of L2.
     stream_bags_per_multiprocessor: int = 4
-    # Mixed plans: bags scanned per program for packed bags that are too long for the on-chip kernel and have no slot.
-    own_bags: int = 8
 
 
 @dataclass(frozen=True)
 class OnChipConfig:
-    """Configuration of the on-chip kernels: ``bags`` bags per program, of at most ``block_n`` rows each."""
+    """Configuration of the on-chip kernels: ``bags`` bags per program, of at most ``block_n`` rows each.
+
+    ``dot``: products on tensor cores, one bag per program.
+    """
 
     bags: int
     block_n: int
     block_d: int
     num_warps: int
+    dot: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,20 +83,24 @@ class ChunkConfig:
     """Configuration of the chunk kernels, which stream bags in chunks of ``chunk_rows`` rows.
 
     ``split``: bags may have several chunks; otherwise one program streams each bag. ``min_rows``: packed bags of at
-    most this many rows are served on chip (-1: none). ``own_bags``: bags scanned per program for packed bags without a
-    slot.
+    most this many rows are served on chip (-1: none). ``dot``: products on tensor cores.
     """
 
     block_n: int
     block_d: int
     chunk_rows: int
     min_rows: int
-    own_bags: int
     split: bool
     group: int
     num_warps: int
     num_stages: int
     registers: int  # maximum per thread
+    dot: bool = False
+
+    @property
+    def merge_n(self) -> int:
+        """Partial results that a program merges at a time: 8 elements per thread."""
+        return _clamp(8 * WARP * self.num_warps // self.block_d, 1, self.block_n)
 
 
 @dataclass(frozen=True)
@@ -126,30 +145,54 @@ def _on_chip(rows, B, block_d, words, backward, multiprocessors, limits):
     return OnChipConfig(bags, block_n, block_d, num_warps)
 
 
-def _chunks(packed, B, N, longest, D, itemsize, words, min_rows, multiprocessors, limits):
-    """Chunk configuration. ``N``: rows per padded bag, or total rows of packed bags; ``longest``: bound of a bag's."""
+def _on_chip_dot(rows, block_d, backward, limits):
+    """On-chip configuration with products on tensor cores, or None if a bag does not fit or is too small."""
+    block_n = max(next_power_of_2(rows), 16)
+    bag = block_n * block_d
+    if not limits.dot_least <= bag <= limits.dot_most or not 16 <= block_d <= limits.dot_features:
+        return None
+    # Forward: fewer warps, whose reductions are cheaper. Backward: as few as fit in registers.
+    return OnChipConfig(1, block_n, block_d, _clamp(bag // (2048 if backward else 4096), 1, 8), dot=True)
+
+
+def _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot, multiprocessors, limits):
+    """Chunk configuration. ``N``: rows per padded bag, or total rows of packed bags; ``longest``: of a bag."""
     block_d = next_power_of_2(D)
-    # float64: half as many warps and a quarter of the elements per thread
-    tile = limits.chunk_elements * limits.chunk_warps * WARP // (1 if words == 1 else 2 * words)
-    num_warps = next_power_of_2(max(tile, block_d) * words // (WARP * limits.chunk_elements))
-    num_warps = min(num_warps, limits.chunk_warps if block_d <= limits.chunk_wide_features else 2 * limits.chunk_warps)
+    tiles = [tile for tile in limits.dot_tiles if block_d <= tile[0]] if dot and block_d >= 16 else []
+    if tiles:
+        _, elements, num_warps, programs = tiles[0]
+        block_n = _clamp(elements // block_d, 16, limits.chunk_block_n)
+        num_stages, registers = 1, MAX_REGISTERS
+    else:
+        # float64: half as many warps and a quarter of the elements per thread
+        elements = limits.chunk_elements * limits.chunk_warps * WARP // (1 if words == 1 else 2 * words)
+        num_warps = next_power_of_2(max(elements, block_d) * words // (WARP * limits.chunk_elements))
+        wide = block_d > limits.chunk_wide_features
+        num_warps = min(num_warps, 2 * limits.chunk_warps if wide else limits.chunk_warps)
+        block_n = _clamp(elements // block_d, 1, limits.chunk_block_n)
+        num_stages = max(limits.chunk_stages - itemsize // 4, 1) if itemsize < 8 else 1
+        programs = limits.chunk_programs
+        # float64, rows that do not fill their tile, very wide rows: need more registers than two programs allow
+        narrow = words == 1 and D == block_d < limits.chunk_wide_features
+        registers = limits.chunk_registers if narrow else MAX_REGISTERS
     rows = N if packed else B * N
-    chunk_rows = max(limits.chunk_rows, next_power_of_2(rows // (limits.chunks_per_multiprocessor * multiprocessors)))
+    resident = programs * multiprocessors
+    waves = -(-rows * D * itemsize // (resident * limits.chunk_bytes))
+    chunk_rows = max(-(-rows // (waves * resident)), limits.chunk_rows)
+    chunk_rows = -(-chunk_rows // block_n) * block_n
     if not packed and (N <= chunk_rows or B >= limits.stream_bags_per_multiprocessor * multiprocessors):
         chunk_rows = N
-    # float64, or rows that do not fill their tile: needs more registers than two programs per multiprocessor allow
-    registers = limits.chunk_registers if words == 1 and D == block_d else MAX_REGISTERS
     return ChunkConfig(
-        block_n=_clamp(tile // block_d, 1, limits.chunk_block_n),
+        block_n=block_n,
         block_d=block_d,
         chunk_rows=chunk_rows,
         min_rows=min_rows,
-        own_bags=limits.own_bags if min_rows >= 0 else 1,
         split=longest > chunk_rows,
         group=limits.group,
         num_warps=num_warps,
-        num_stages=max(limits.chunk_stages - itemsize // 4, 1) if itemsize < 8 else 1,
+        num_stages=num_stages,
         registers=min(registers, REGISTERS // (WARP * num_warps)),
+        dot=bool(tiles),
     )
 
 
@@ -162,26 +205,37 @@ def pick_plan(
     backward: bool,
     multiprocessors: int = 132,
     limits: PlanLimits | None = None,
+    num_iters: int = 3,
+    routing: bool = True,
     max_seqlen: int | None = None,
+    shared_memory: int = 227 << 10,
 ) -> TritonPlan:
     """Plan for B bags of N rows each (``packed``: N rows in total) and D features of ``itemsize`` bytes.
 
-    On chip if every bag fits, according to ``max_seqlen`` for packed bags, otherwise to N. Packed bags of unknown
-    lengths: if bags of twice the mean length fit, those are served on chip and longer ones in chunks, otherwise all in
-    chunks.
+    On chip if every bag fits. Packed bags can have any lengths that add up to N, unless ``max_seqlen`` bounds them: if
+    bags of twice the mean length fit, those are served on chip and longer ones in chunks, otherwise all in chunks.
+    ``routing``: the backward pass differentiates through the weights. ``shared_memory``: bytes per program.
     """
     limits = limits or PlanLimits()
     block_d = next_power_of_2(D)
     words = 4 if itemsize == 8 else 1
-    longest = N if max_seqlen is None else min(max(max_seqlen, 1), N)
-    on_chip = _on_chip(longest, B, block_d, words, backward, multiprocessors, limits)
-    if on_chip is not None:
-        return TritonPlan(on_chip, None)
+    longest = N if not packed or max_seqlen is None else max(min(N, max_seqlen), 1)
+    # Shared memory: the tile, its copy in another layout or the parts of a vector.
+    dot = itemsize == 2 and (routing or not backward) and block_d * 16 * itemsize * 2 <= shared_memory
+    dot = dot and not (backward and block_d > limits.dot_features_backward)
+    on_chip_dot = dot and num_iters <= limits.dot_iterations and limits.dot_most * itemsize + 16384 <= shared_memory
+
+    def on_chip(rows):
+        config = _on_chip_dot(rows, block_d, backward, limits) if on_chip_dot else None
+        return config or _on_chip(rows, B, block_d, words, backward, multiprocessors, limits)
+
+    config = on_chip(longest)
+    if config is not None:
+        return TritonPlan(config, None)
     min_rows = -1
     if packed:
-        typical = min(max(2 * N // B, 16), longest)
-        on_chip = _on_chip(typical, B, block_d, words, backward, multiprocessors, limits)
-        if on_chip is not None:
-            min_rows = on_chip.block_n
-    chunks = _chunks(packed, B, N, longest, D, itemsize, words, min_rows, multiprocessors, limits)
-    return TritonPlan(on_chip, chunks)
+        config = on_chip(max(2 * N // B, 16))
+        if config is not None:
+            min_rows = config.block_n
+    chunks = _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot, multiprocessors, limits)
+    return TritonPlan(config, chunks)

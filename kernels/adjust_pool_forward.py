@@ -4,22 +4,24 @@ Iteration t (Eq. 2-5), with ``s_sum = s^1 + ... + s^(t-1)``:
 
     b_i = f_i . s_sum,   w = softmax(b),   sigma^t = sum_i w_i f_i,   s^t = squash(sigma^t)
 
-Saved for the backward pass, in the accumulation dtype: sigma (B, T, D) and softmax_stats (B, T, 2), the maximum of b
-and ``1 / sum_i exp(b_i - maximum)``, so that ``w_i = exp(b_i - maximum) * scale``; 0 and 0 for an empty bag. Their
-combination, the log-sum-exp, would lose the logarithm of the sum to rounding at large logits.
+Saved for the backward pass, in the accumulation dtype: sigma (B, T, D) and softmax_stats (B, T, 2), of which w =
+exp(b - shift) scale: a shift near the maximum of b, and scale = 1 / sum_i exp(b_i - shift), 0 for an empty bag. Their
+product in one number, a log-sum-exp, would lose the sum at large logits.
 """
 
 import triton
 import triton.language as tl
-from amil_fast.kernels.adjust_pool_chunks import LOWEST, bag_rows, locate, merge_chunks, reduce_rows
+from amil_fast.kernels.adjust_pool_chunks import locate, merge_chunks, reduce_rows
 from amil_fast.kernels.adjust_pool_common import (
+    LOWEST,
     bag_pointer,
     on_chip_rows,
     routing_sum,
     row_mask,
     squash_factor,
-    zero_after_last_bag,
+    zero_rest,
 )
+from amil_fast.kernels.adjust_pool_stream_dot import attend_dot
 
 
 @triton.jit(do_not_specialize=["B", "N", "T", "stride_b", "stride_n"])
@@ -28,14 +30,13 @@ def adjust_pool_forward_on_chip_kernel(
     bag_ptr, weights_ptr, sigma_ptr, softmax_stats_ptr,
     B, N, T, stride_b, stride_n,
     D: tl.constexpr, UNIT: tl.constexpr, BAGS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    ZERO_REST: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     """One program pools BAGS bags of at most BLOCK_N instances each, which stay in registers after a single read.
 
     Bytes moved: reads the instances once; writes T (D + 2) numbers per bag. Accumulates in the dtype of sigma, by tree
-    reductions over the tile. Packed bags longer than BLOCK_N are handled by the chunk kernel.
-    ZERO_REST: there is no chunk kernel. The weights of the rows after the last packed bag are set to 0, and bag vectors
-    of packed bags longer than BLOCK_N to NaN.
+    reductions over the tile. Packed bags longer than BLOCK_N are handled by the chunk kernel, or, if there is none
+    (ALONE), pool to NaN: they exceed max_seqlen.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; BLOCK_N >= N for padded bags; strides in units of UNIT.
     """
     dtype = sigma_ptr.dtype.element_ty
@@ -59,7 +60,7 @@ def adjust_pool_forward_on_chip_kernel(
         maximum = tl.maximum(tl.max(logits, 1), LOWEST)
         w = tl.exp(logits - maximum[:, None])
         total = tl.sum(w, 1)
-        scale = tl.where(total == 0, 0, 1 / tl.where(total == 0, 1, total))
+        scale = tl.where(total == 0, 0, 1 / total)
         w = w * scale[:, None]
         sigma = tl.sum(w[:, :, None] * f, 1)
         s = squash_factor(sigma) * sigma
@@ -68,15 +69,14 @@ def adjust_pool_forward_on_chip_kernel(
         stats_ptrs = softmax_stats_ptr + (b.to(tl.int64) * T + t) * 2
         tl.store(stats_ptrs, tl.where(total == 0, 0, maximum), mask=mask_b)
         tl.store(stats_ptrs + 1, scale, mask=mask_b)
-    bag_ptrs = bag_ptr + (b.to(tl.int64) * D)[:, None] + d[None, :]
-    tl.store(bag_ptrs, s, mask=mask_s)
-    if ZERO_REST:  # a bag longer than max_seqlen is served by no kernel
-        mask_long = ((b < B) & (mask_b == 0))[:, None] & (d < D)[None, :]
-        tl.store(bag_ptrs, tl.full([BAGS, BLOCK_D], float("nan"), dtype), mask=mask_long)
+    if ALONE:  # bags excluded from mask_b only because of their length
+        s = tl.where(mask_b[:, None], s, float("nan"))
+        mask_s = (b < B)[:, None] & (d < D)[None, :]
+    tl.store(bag_ptr + (b.to(tl.int64) * D)[:, None] + d[None, :], s, mask=mask_s)
     if weights_ptr is not None:
         tl.store(weights_ptr + rows, tl.where(valid, w, 0), mask=stored)
-        if ZERO_REST:
-            zero_after_last_bag(weights_ptr, cu_seqlens_ptr, B, N, 1, BLOCK_N, 1)
+        if ALONE:
+            zero_rest(weights_ptr, cu_seqlens_ptr, B, N, 1)
 
 
 @triton.jit
@@ -118,13 +118,10 @@ def attend(
 def store_iteration(
     bag_ptr, sigma_ptr, softmax_stats_ptr, b, t, T, maximum, total, sigma, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Stores sigma and the softmax statistics of iteration t (from 0) of bag b, and the bag vector in the last.
-
-    Returns s (1, BLOCK_D).
-    """
+    """Stores the results of iteration t (from 0) of bag b, and the bag vector in the last; returns s (1, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)[None, :]
     one = tl.arange(0, 1)[None, :]
-    scale = tl.where(total == 0, 0, 1 / tl.where(total == 0, 1, total))
+    scale = tl.where(total == 0, 0, 1 / total)
     sigma = sigma * scale
     s = squash_factor(sigma) * sigma
     row = b.to(tl.int64) * T + t
@@ -142,8 +139,8 @@ def adjust_pool_forward_chunks_kernel(
     bag_ptr, weights_ptr, sigma_ptr, softmax_stats_ptr,
     stats_ptr, partial_ptr, counters_ptr,
     B, N, T, first_t, num_slots, chunk_rows, min_rows, stride_b, stride_n,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    OWN_BAGS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, NUM_STAGES: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, MERGE_N: tl.constexpr, NUM_STAGES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program streams one chunk: all T iterations of an unsplit bag, or one iteration of a split bag.
 
@@ -155,75 +152,72 @@ def adjust_pool_forward_chunks_kernel(
     slots in reverse); 2 x (D + 2) numbers per chunk and iteration. Accumulates in the dtype of sigma.
     Workspace: stats (slots, 2), partial (slots, D), counters (T, 2, slots) int32, zero-initialized.
     Asserted by the launcher: unit stride along D; BLOCK_D >= D; strides in units of UNIT; without SPLIT, no bag has
-    more than one chunk. Packed bags of at most min_rows rows are handled by the on-chip kernel.
+    more than one chunk; DOT for 16-bit instances only. Packed bags of at most min_rows rows are handled by the on-chip
+    kernel.
     """
-    pid = tl.program_id(0)
-    slot = pid
+    slot = tl.program_id(0)
     if first_t % 2 == 1:
-        slot = num_slots - 1 - pid
-    first_bag, last_bag, index, chunks, first_slot, rows = locate(
-        pid, slot, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS
+        slot = num_slots - 1 - slot
+    b, start, index, chunks, first_slot, low, high, padding = locate(
+        slot, lengths_ptr, cu_seqlens_ptr, B, N, chunk_rows, min_rows, SPLIT
     )
     d = tl.arange(0, BLOCK_D)[None, :]
     last_t = T
+    work = index < chunks
     if SPLIT:
         last_t = tl.where(chunks > 1, first_t + 1, T)
-        if (chunks <= 1) & (first_t > 0):
-            last_bag = first_bag  # served by the first launch
-    for k in tl.range(0, last_bag - first_bag, disable_licm=True):
-        b = first_bag + k
-        start, low, high, padding, work = bag_rows(
-            pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
-        )
-        if work:
-            s_sum = routing_sum(sigma_ptr + b.to(tl.int64) * T * D + d, d < D, first_t, D)
-            for t in tl.range(first_t, last_t, disable_licm=True):
-                maximum, total, sigma = attend(
-                    bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT),
-                    mask_ptr if mask_ptr is None else mask_ptr + start,
-                    weights_ptr if weights_ptr is None else weights_ptr + start,
-                    low, high, s_sum, t == T - 1, stride_n, D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES,
+        work = work & ((chunks > 1) | (first_t == 0))  # the others are served by the first launch
+    if work:
+        f_ptr = bag_pointer(instances_ptr, cu_seqlens_ptr, b, start, stride_b, stride_n, UNIT)
+        m_ptr = mask_ptr if mask_ptr is None else mask_ptr + start
+        w_ptr = weights_ptr if weights_ptr is None else weights_ptr + start
+        s_sum = routing_sum(sigma_ptr + b.to(tl.int64) * T * D + d, d < D, first_t, D)
+        for t in tl.range(first_t, last_t, disable_licm=True):
+            if DOT:
+                maximum, total, sigma = attend_dot(
+                    f_ptr, m_ptr, w_ptr, low, high, s_sum, t == T - 1, stride_n, D, UNIT, CONTIGUOUS, BLOCK_N, BLOCK_D,
+                    NUM_STAGES,
                 )  # fmt: skip
-                complete = chunks <= 1
-                if SPLIT:
-                    if chunks > 1:
-                        complete, maximum, total, sigma = merge_chunks(
-                            stats_ptr, partial_ptr, counters_ptr + t * 2 * num_slots, slot, first_slot, index, chunks,
-                            num_slots, maximum, total, sigma, D, True, GROUP, BLOCK_N, BLOCK_D,
-                        )  # fmt: skip
-                if complete:
-                    s_sum += store_iteration(
-                        bag_ptr, sigma_ptr, softmax_stats_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D
-                    )
+            else:
+                maximum, total, sigma = attend(
+                    f_ptr, m_ptr, w_ptr, low, high, s_sum, t == T - 1, stride_n, D, UNIT, BLOCK_N, BLOCK_D, NUM_STAGES
+                )
+            complete = chunks <= 1
+            if SPLIT:
+                if chunks > 1:
+                    complete, maximum, total, sigma = merge_chunks(
+                        stats_ptr, partial_ptr, counters_ptr + t * 2 * num_slots.to(tl.int64), slot, first_slot, index,
+                        chunks, num_slots, maximum, total, sigma, D, True, GROUP, MERGE_N, BLOCK_D,
+                    )  # fmt: skip
+            if complete:
+                s_sum += store_iteration(
+                    bag_ptr, sigma_ptr, softmax_stats_ptr, b, t, T, maximum, total, sigma, D, BLOCK_D
+                )
 
 
-@triton.jit(do_not_specialize=["B", "N", "T", "num_slots", "chunk_rows", "min_rows"])
+@triton.jit(do_not_specialize=["B", "N", "T", "chunk_rows", "min_rows"])
 def adjust_pool_forward_weights_kernel(
     mask_ptr, lengths_ptr, cu_seqlens_ptr, weights_ptr, softmax_stats_ptr,
-    B, N, T, num_slots, chunk_rows, min_rows,
-    OWN_BAGS: tl.constexpr, BLOCK_N: tl.constexpr,
+    B, N, T, chunk_rows, min_rows,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program converts the logits of one chunk, stored by the chunk kernel, to weights in place.
 
-    Bytes moved: reads and writes one number per instance; writes 0 for masked instances, padding and the rows after the
-    last packed bag. The grid is that of the first launch of the chunk kernel.
+    Bytes moved: reads and writes one number per instance; writes 0 for masked instances, padding, and rows after the
+    last packed bag. The grid is that of the chunk kernel.
     """
-    pid = tl.program_id(0)
-    first_bag, last_bag, index, chunks, first_slot, rows = locate(
-        pid, pid, lengths_ptr, cu_seqlens_ptr, B, N, num_slots, chunk_rows, min_rows, OWN_BAGS
+    b, start, index, chunks, first_slot, low, high, padding = locate(
+        tl.program_id(0), lengths_ptr, cu_seqlens_ptr, B, N, chunk_rows, min_rows, SPLIT
     )
-    for k in tl.range(0, last_bag - first_bag, disable_licm=True):
-        b = first_bag + k
-        start, low, high, padding, work = bag_rows(
-            pid, lengths_ptr, cu_seqlens_ptr, b, N, index, chunks, rows, num_slots, chunk_rows, min_rows
-        )
+    if chunks > 0:
         stats_ptr = softmax_stats_ptr + (b.to(tl.int64) * T + T - 1) * 2
-        maximum = tl.load(stats_ptr)
+        shift = tl.load(stats_ptr)
         scale = tl.load(stats_ptr + 1)
         for n0 in range(low, padding, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             valid = row_mask(mask_ptr if mask_ptr is None else mask_ptr + start, n, high)
             logits = tl.load(weights_ptr + start + n, mask=valid, other=0)
-            tl.store(weights_ptr + start + n, tl.where(valid, tl.exp(logits - maximum) * scale, 0), mask=n < padding)
+            w = tl.where(valid, tl.exp(logits - shift) * scale, 0)
+            tl.store(weights_ptr + start + n, w, mask=n < padding)
     if cu_seqlens_ptr is not None:
-        zero_after_last_bag(weights_ptr, cu_seqlens_ptr, B, N, 1, BLOCK_N, 1)
+        zero_rest(weights_ptr, cu_seqlens_ptr, B, N, 1)

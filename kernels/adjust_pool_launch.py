@@ -28,10 +28,15 @@ from amil_fast.kernels.adjust_pool_config import (
     TritonPlan,
     pick_plan,
 )
+from amil_fast.kernels.adjust_pool_dot import OUTER_TERMS
 from amil_fast.kernels.adjust_pool_forward import (
     adjust_pool_forward_chunks_kernel,
     adjust_pool_forward_on_chip_kernel,
     adjust_pool_forward_weights_kernel,
+)
+from amil_fast.kernels.adjust_pool_on_chip_dot import (
+    adjust_pool_backward_on_chip_dot_kernel,
+    adjust_pool_forward_on_chip_dot_kernel,
 )
 
 BLOCK_WEIGHTS = 1024  # tile of the kernel that converts logits to weights
@@ -66,6 +71,7 @@ def forward(
     num_iters: int,
     return_weights: bool,
     max_seqlen: int | None = None,
+    *,
     plan: TritonPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(bag, weights, sigma, softmax_stats)`` of the registered operator."""
@@ -87,6 +93,7 @@ def backward(
     softmax_stats: torch.Tensor,
     detach_routing: bool,
     max_seqlen: int | None = None,
+    *,
     plan: TritonPlan | None = None,
 ) -> torch.Tensor:
     """``grad_instances`` of the registered operator, contiguous."""
@@ -114,13 +121,20 @@ def _run(launches: Sequence[TritonLaunch], device: torch.device) -> None:
 
 
 @functools.lru_cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def _device_limits(device):
+    """Multiprocessors and shared memory per program; for tensors that are not on a GPU, those of an H200."""
+    if device.type != "cuda":
+        return 132, 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick_plan(packed, B, N, D, itemsize, backward, device, max_seqlen):
-    return pick_plan(packed, B, N, D, itemsize, backward, _multiprocessors(device), max_seqlen=max_seqlen)
+def _pick_plan(packed, B, N, D, itemsize, backward, num_iters, routing, max_seqlen, device):
+    multiprocessors, shared_memory = _device_limits(device)
+    return pick_plan(
+        packed, B, N, D, itemsize, backward, multiprocessors, None, num_iters, routing, max_seqlen, shared_memory
+    )
 
 
 class KernelBags:
@@ -135,9 +149,8 @@ class KernelBags:
         mask: torch.Tensor | None,
         lengths: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
-        max_seqlen: int | None = None,
     ) -> None:
-        self.packed, self.max_seqlen = cu_seqlens is not None, max_seqlen
+        self.packed = cu_seqlens is not None
         D = instances.shape[-1]
         if instances.stride(-1) != 1 and D > 1:
             instances = instances.contiguous()
@@ -163,6 +176,7 @@ class KernelBags:
         strides = stride_b | stride_n | (16 // instances.element_size())
         self.unit = strides & -strides
         self.D = D
+        self.contiguous = stride_n == D or self.N <= 1
         self.instances = instances
         self.layout_arguments = {
             "mask_ptr": None if mask is None else mask.contiguous().view(torch.uint8),
@@ -180,18 +194,32 @@ class KernelBags:
             "UNIT": self.unit,
         }
 
-    def plan(self, backward: bool) -> TritonPlan:
+    def plan(
+        self, backward: bool, num_iters: int = 3, routing: bool = True, max_seqlen: int | None = None
+    ) -> TritonPlan:
         """Default plan of a pass on the device of the instances."""
         itemsize, device = self.instances.element_size(), self.instances.device
-        return _pick_plan(self.packed, self.B, self.N, self.D, itemsize, backward, device, self.max_seqlen)
+        return _pick_plan(
+            self.packed, self.B, self.N, self.D, itemsize, backward, num_iters, routing, max_seqlen, device
+        )
 
 
-def _on_chip_launch(kernel, bags, plan, arguments):
+def _on_chip_launch(kernel, kernel_dot, bags, plan, arguments):
+    """Launch of the on-chip kernel of a pass; ``arguments`` may contain more than it takes."""
     config = plan.on_chip
-    constants = {"BAGS": config.bags, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
-    constants["ZERO_REST"] = bags.packed and plan.chunks is None
-    grid = triton.cdiv(bags.B, config.bags)
-    return TritonLaunch(kernel, grid, {**bags.arguments, **arguments, **constants}, config.num_warps)
+    arguments = {**bags.arguments, **arguments, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    arguments["ALONE"] = bags.packed and plan.chunks is None
+    if config.dot:
+        kernel = kernel_dot
+        layout = bags.layout_arguments
+        ragged = bags.packed or layout["lengths_ptr"] is not None
+        arguments["CONTIGUOUS"] = bags.contiguous
+        arguments["FULL"] = not ragged and layout["mask_ptr"] is None and bags.N == config.block_n
+        arguments["HALF"] = ragged and config.block_n >= 32
+    else:
+        arguments["BAGS"] = config.bags
+    taken = {name: arguments[name] for name in kernel.arg_names}
+    return TritonLaunch(kernel, triton.cdiv(bags.B, config.bags), taken, config.num_warps)
 
 
 class _ChunkLaunches:
@@ -199,31 +227,24 @@ class _ChunkLaunches:
 
     def __init__(self, bags: KernelBags, config: ChunkConfig, T: int) -> None:
         self.bags, self.config, self.T = bags, config, T
-        self.slots = triton.cdiv(bags.N, config.chunk_rows) * (1 if bags.packed else bags.B)
-        # Programs that scan the packed bags for those without a slot.
-        self.scanning = triton.cdiv(bags.B, config.own_bags) if bags.packed else 0
+        if not bags.packed:
+            self.slots = triton.cdiv(bags.N, config.chunk_rows) * bags.B
+        else:
+            self.slots = bags.N // config.chunk_rows + bags.B if config.split else bags.B
         self.layout = {
             "T": T,
-            "num_slots": self.slots,
             "chunk_rows": config.chunk_rows,
             "min_rows": config.min_rows,
-            "OWN_BAGS": config.own_bags,
+            "SPLIT": config.split,
         }
         self.blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
         self.launches: list[TritonLaunch] = []
 
-    def add(self, kernel, arguments, registers=None, num_warps=None, num_stages=1, first=True):
-        """Appends a launch; only the first one of an iterative kernel also serves the bags without a slot."""
-        self.launches.append(
-            TritonLaunch(
-                kernel,
-                self.slots + self.scanning if first else self.slots,
-                {**self.layout, **arguments},
-                num_warps or self.config.num_warps,
-                num_stages,
-                registers,
-            )
-        )
+    def add(self, kernel, arguments, registers=None, num_warps=None, num_stages=1):
+        """Appends a launch of one program per slot."""
+        arguments = {**self.layout, **arguments}
+        num_warps = num_warps or self.config.num_warps
+        self.launches.append(TritonLaunch(kernel, self.slots, arguments, num_warps, num_stages, registers))
 
     def add_iterations(self, kernel, iterations, arguments, num_stats, dtype, per_iteration):
         """Appends one launch per iteration if bags can be split, else a single one that runs all iterations.
@@ -239,11 +260,17 @@ class _ChunkLaunches:
                 "partial_ptr": bags.instances.new_empty(self.slots, bags.D, dtype=dtype),
                 "counters_ptr": bags.instances.new_zeros(self.T, 2, self.slots, dtype=torch.int32),
             }
-        constants = {"GROUP": config.group, "SPLIT": config.split, "NUM_STAGES": config.num_stages}
+        constants = {
+            "GROUP": config.group,
+            "NUM_STAGES": config.num_stages,
+            "num_slots": self.slots,
+            "MERGE_N": config.merge_n,
+        }
+        constants |= {"DOT": config.dot, "CONTIGUOUS": config.dot and bags.contiguous}
         shared = {**bags.arguments, **self.blocks, **arguments, **workspace, **constants}
         for i, t in enumerate(iterations if config.split else iterations[:1]):
             more, registers = per_iteration(i == 0)
-            self.add(kernel, {**shared, **more, "first_t": t}, registers, num_stages=config.num_stages, first=i == 0)
+            self.add(kernel, {**shared, **more, "first_t": t}, registers, num_stages=config.num_stages)
 
 
 def forward_launches(
@@ -257,7 +284,7 @@ def forward_launches(
     plan: TritonPlan | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], list[TritonLaunch]]:
     """Allocated outputs ``(bag, weights, sigma, softmax_stats)`` and the launches that fill them, in order."""
-    bags = KernelBags(instances, mask, lengths, cu_seqlens, max_seqlen)
+    bags = KernelBags(instances, mask, lengths, cu_seqlens)
     B, T, D = bags.B, num_iters, bags.D
     dtype = torch.float64 if instances.dtype == torch.float64 else torch.float32
     weights_shape = instances.shape[:-1] if return_weights else (0,)
@@ -265,7 +292,7 @@ def forward_launches(
         bag, sigma = instances.new_zeros(B, D), instances.new_zeros(B, T, D, dtype=dtype)
         softmax_stats = instances.new_zeros(B, T, 2, dtype=dtype)
         return (bag, instances.new_zeros(weights_shape, dtype=dtype), sigma, softmax_stats), []
-    plan = plan or bags.plan(backward=False)
+    plan = plan or bags.plan(False, T, max_seqlen=max_seqlen)
     bag = instances.new_empty(B, D)
     sigma = instances.new_empty(B, T, D, dtype=dtype)
     softmax_stats = instances.new_empty(B, T, 2, dtype=dtype)
@@ -275,7 +302,8 @@ def forward_launches(
 
     launches = []
     if plan.on_chip is not None:
-        launches.append(_on_chip_launch(adjust_pool_forward_on_chip_kernel, bags, plan, {**outputs, "T": T}))
+        kernels = adjust_pool_forward_on_chip_kernel, adjust_pool_forward_on_chip_dot_kernel
+        launches.append(_on_chip_launch(*kernels, bags, plan, {**outputs, "T": T}))
     if plan.chunks is not None:
         chunks = _ChunkLaunches(bags, plan.chunks, T)
         chunks.add_iterations(
@@ -307,13 +335,13 @@ def backward_launches(
     plan: TritonPlan | None = None,
 ) -> tuple[torch.Tensor, list[TritonLaunch]]:
     """Allocated gradient of the instances and the launches that fill it, in order."""
-    bags = KernelBags(instances, mask, lengths, cu_seqlens, max_seqlen)
+    bags = KernelBags(instances, mask, lengths, cu_seqlens)
     T = sigma.shape[1]
     grad = torch.empty(instances.shape, dtype=instances.dtype, device=instances.device)
     if bags.B == 0 or bags.rows == 0:
         return grad.zero_(), []
-    plan = plan or bags.plan(backward=True)
     routing, read = T > 1 and not detach_routing, T > 1
+    plan = plan or bags.plan(True, T, routing, max_seqlen)
     saved = {"sigma_ptr": sigma.contiguous(), "softmax_stats_ptr": softmax_stats.contiguous()}
     grad_bag_ptr = None if grad_bag is None else grad_bag.contiguous()
     grad_weights_ptr = grad_weights.contiguous() if grad_weights is not None and routing else None
@@ -329,19 +357,20 @@ def backward_launches(
             "ROUTING": routing,
             "READ": read,
         }
-        launches.append(_on_chip_launch(adjust_pool_backward_on_chip_kernel, bags, plan, arguments))
+        kernels = adjust_pool_backward_on_chip_kernel, adjust_pool_backward_on_chip_dot_kernel
+        launches.append(_on_chip_launch(*kernels, bags, plan, arguments))
     if plan.chunks is not None:
         config = plan.chunks
         chunks = _ChunkLaunches(bags, config, T)
         if not routing:
             arguments = {**bags.arguments, **chunks.blocks, **saved, "grad_bag_ptr": grad_bag_ptr, "grad_ptr": grad}
-            arguments |= {"READ": read, "NUM_STAGES": config.num_stages}
+            arguments |= {"READ": read, "NUM_STAGES": config.num_stages, "CONTIGUOUS": bags.contiguous}
             chunks.add(adjust_pool_backward_detached_kernel, arguments, config.registers, num_stages=config.num_stages)
             return grad, launches + chunks.launches
         steps = {
-            "scalars_ptr": sigma.new_empty(T - 1, 2, bags.rows),
-            "e_ptr": torch.empty_like(sigma),
-            "factors_ptr": sigma.new_empty(bags.B, T - 1),
+            "scalars_ptr": sigma.new_empty(2 * T - 2, bags.rows),
+            "vectors_ptr": sigma.new_empty(bags.B, 2 * T - 1, bags.D),
+            "deltas_ptr": sigma.new_empty(bags.B, T),
             "num_rows": bags.rows,
         }
         # A mask or a gradient of the weights increases register pressure: lower occupancy is preferred to spills.
@@ -360,8 +389,9 @@ def backward_launches(
             sigma.dtype,
             per_iteration,
         )
-        arguments = {**bags.layout_arguments, **chunks.blocks, **saved, **steps, "D": bags.D}
-        arguments |= {"grad_ptr": grad}
+        arguments = {**bags.layout_arguments, **chunks.blocks, **steps, "D": bags.D, "grad_ptr": grad}
+        arguments |= {"softmax_stats_ptr": saved["softmax_stats_ptr"], "DOT": config.dot}
+        arguments["ONE_BLOCK"] = config.dot and 2 * T - 1 <= OUTER_TERMS.value
         chunks.add(adjust_pool_backward_write_kernel, arguments, per_iteration(first=True)[1])
         launches += chunks.launches
     return grad, launches

@@ -1,13 +1,15 @@
-"""Ahead-of-time compilation of all kernels, without a GPU; reports registers, spills and shared memory.
+"""Ahead-of-time compilation of all kernels, without a GPU; reports resources and instruction counts.
 
 ``python -m amil_fast.kernels.aot`` (``make kernels``) compiles the Triton kernels in the configurations chosen for the
 calls in :data:`CALLS`, and the CUDA sources in ``csrc/``, for every architecture in :data:`ARCHS`. It prints a table
-and exits with status 1 if a kernel spills registers or fails to compile.
+and exits with status 1 if a kernel spills registers, fails to compile, or exceeds ``budget.json`` (aot_count.py).
+``--triton FOLDER`` compiles with another version, installed by ``pip install --no-deps --target FOLDER triton==...``.
 """
 
 import argparse
 import concurrent.futures
 import importlib
+import inspect
 import json
 import os
 import re
@@ -24,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from amil_fast.kernels import adjust_pool_launch
+from amil_fast.kernels import adjust_pool_launch, aot_count
 
 ARCHS = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -55,6 +57,7 @@ class PoolCall:
 
 
 ALL = tuple(DTYPES)
+WIDTHS = (64, 96, 128, 160, 192, 200, 256, 384, 512, 768, 1024, 2048)
 CALLS = (
     # tiny bags, several per program
     PoolCall(4096, 8, 32, "mask", weights=True, dtypes=ALL),
@@ -92,6 +95,8 @@ CALLS = (
     PoolCall(64, 3_000_000, 1024, "packed", dtypes=ALL),
     PoolCall(64, 3_000_000, 1024, "packed", weights=True),
     PoolCall(64, 3_000_000, 1024, "packed", detach=True),
+    # widths: no layout may be much slower than that of the next widths (aot_count.py)
+    *(PoolCall(64, 20_000, D, dtypes=("bf16",)) for D in WIDTHS),
 )
 # Subset for tests: each kernel and strategy at least once.
 SOME_CALLS = (
@@ -113,12 +118,20 @@ class Compilation:
     module: str = ""  # Triton kernel: its module, and the launch as the just-in-time compiler sees it
     signature: tuple = ()
     options: dict = field(default_factory=dict)
+    on_chip: bool = False
+    trips: int = 1  # iterations of its outer loop, if it is on chip
+    unit_bytes: int = 0  # read or written per program, if it is on chip, else per tile
+    load_bytes: int = 0  # of instances in flight per program
     source: Path | None = None  # CUDA source file
 
 
 @dataclass
 class KernelUsage:
-    """Resources of a compiled kernel: registers, spilled bytes and stack bytes per thread; shared bytes per program."""
+    """Resources of a compiled kernel: registers, spilled bytes and stack bytes per thread; shared bytes per program.
+
+    Triton kernels also: warp instructions per program (on chip) or tile, bytes per cycle and multiprocessor that these
+    allow, programs per multiprocessor, and bytes of their loads in flight there.
+    """
 
     name: str
     config: str
@@ -127,6 +140,10 @@ class KernelUsage:
     spills: int = 0
     stack: int = 0
     shared: int = 0
+    instructions: int = 0
+    rate: float = 0.0
+    programs: int = 0
+    in_flight: int = 0
     error: str = ""
 
 
@@ -138,9 +155,9 @@ def launches(call, dtype):
     lengths = torch.empty(call.B, dtype=torch.int64, device="meta") if call.form == "lengths" else None
     cu_seqlens = torch.empty(call.B + 1, dtype=torch.int32, device="meta") if call.form == "packed" else None
     bags = (f, mask, lengths, cu_seqlens)
-    (bag, w, sigma, softmax_stats), forward = adjust_pool_launch.forward_launches(*bags, call.T, call.weights)
+    (bag, w, sigma, stats), forward = adjust_pool_launch.forward_launches(*bags, call.T, call.weights)
     grad_weights = w if call.weights and not call.detach and call.T > 1 else None
-    _, backward = adjust_pool_launch.backward_launches(bag, grad_weights, *bags, sigma, softmax_stats, call.detach)
+    _, backward = adjust_pool_launch.backward_launches(bag, grad_weights, *bags, sigma, stats, call.detach)
     return forward + backward
 
 
@@ -171,11 +188,32 @@ def triton_compilations(calls, archs):
                 key = (function.__name__, str(types), str(launch.options))
                 if key not in found:
                     config = f"{dtype} {_describe(launch)}"
+                    work = _work(call, launch)
                     found[key] = [
-                        Compilation(function.__name__, config, arch, function.__module__, types, launch.options)
+                        Compilation(function.__name__, config, arch, function.__module__, types, launch.options, **work)
                         for arch in archs
                     ]
     return [job for per_arch in found.values() for job in per_arch]
+
+
+def _work(call, launch):
+    """Fields of :class:`Compilation` from which rates are computed."""
+    name, arguments = launch.kernel.fn.__name__, launch.arguments
+    if "weights" in name:
+        return {}
+    backward, on_chip = "backward" in name, "on_chip" in name
+    pointer = arguments["grad_ptr"] if "grad_ptr" in arguments else arguments["instances_ptr"]
+    rows = min(call.N, arguments["BLOCK_N"]) * arguments.get("BAGS", 1) if on_chip else arguments["BLOCK_N"]
+    tile = rows * call.D * pointer.element_size()
+    reads = arguments.get("READ", not name.endswith("write_kernel"))
+    writes = "grad_ptr" in arguments
+    stages = arguments.get("NUM_STAGES", 1)
+    return {
+        "on_chip": on_chip,
+        "trips": max(call.T - backward, 1),
+        "unit_bytes": tile * (reads + writes),
+        "load_bytes": tile * max(stages - 1, 1) * reads,
+    }
 
 
 def _describe(launch):
@@ -183,7 +221,7 @@ def _describe(launch):
     words = [f"warps={launch.num_warps} stages={launch.num_stages}"]
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr and parameter.name not in ("GROUP", "NUM_STAGES"):
+        if parameter.is_constexpr and parameter.name not in ("GROUP", "MERGE_N", "NUM_STAGES"):
             words.append(f"{parameter.name}={value}")
         elif parameter.name in ("mask_ptr", "lengths_ptr", "cu_seqlens_ptr", "weights_ptr", "grad_weights_ptr"):
             words += [parameter.name.removesuffix("_ptr")] if value is not None else []
@@ -216,7 +254,7 @@ def compile_kernels(job):
             source = Path(folder) / "kernel.ptx"
             source.write_text(ptx)
             command = [
-                get_ptxas(job.arch).path,
+                _ptxas(job.arch),
                 "-v",
                 f"--gpu-name={target}",
                 source,
@@ -226,11 +264,22 @@ def compile_kernels(job):
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         (usage,) = (KernelUsage(job.name, job.config, job.arch, **fields) for _, fields in _read_report(report))
         usage.shared = compiled.metadata.shared  # allocated at launch, hence not in the report
+        num_warps = compiled.metadata.num_warps
+        usage.instructions = aot_count.warp_instructions(compiled.asm["cubin"], num_warps, job.on_chip, job.trips)
+        usage.rate = aot_count.ISSUE_SLOTS * job.unit_bytes / max(usage.instructions, 1)
+        usage.programs = aot_count.programs_per_multiprocessor(job.arch, usage.registers, usage.shared, num_warps)
+        usage.in_flight = usage.programs * job.load_bytes
         return [usage]
     except subprocess.CalledProcessError as error:
         return [KernelUsage(job.name, job.config, job.arch, error=error.stderr.strip())]
     except Exception as error:  # any compiler error is a row of the table
         return [KernelUsage(job.name, job.config, job.arch, error=f"{type(error).__name__}: {error}")]
+
+
+def _ptxas(arch):
+    """Path of ptxas for an architecture; Triton 3.5 has one for all."""
+    takes_arch = bool(inspect.signature(get_ptxas).parameters)
+    return (get_ptxas(arch) if takes_arch else get_ptxas()).path
 
 
 def _compile_cuda(job):
@@ -273,12 +322,20 @@ def main(arguments=None):
     parser.add_argument("--arch", type=int, action="append", help=f"compute capability, e.g. 90 (default: {ARCHS})")
     parser.add_argument("--match", default="", help="regular expression on kernels and configurations to compile")
     parser.add_argument("--registers", type=int, help="maximum registers per thread for all kernels")
+    parser.add_argument("--triton", type=Path, metavar="FOLDER", help="folder with another version of Triton")
+    parser.add_argument("--update-budget", action="store_true", help="write the counts to budget.json")
     parser.add_argument("--no-cuda", action="store_true", help="skip the CUDA sources")
     parser.add_argument("--json", type=Path, help="also write the table to this JSON file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="concurrent compilations")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter does not compile kernels; unset it")
+
+    if options.triton is not None and not Path(triton.__file__).is_relative_to(options.triton.resolve()):
+        # In a new process, which finds that folder first.
+        paths = [str(options.triton.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [sys.executable, "-m", "amil_fast.kernels.aot", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode
 
     archs = options.arch or ARCHS
     work = triton_compilations(SOME_CALLS if options.some else CALLS, archs)
@@ -292,15 +349,23 @@ def main(arguments=None):
     if options.registers is not None:
         for job in work:
             job.options["maxnreg"] = options.registers
-    bad = run(work, options.jobs, options.json)
+    usages, bad = run(work, options.jobs, options.json)
     if skipped:
         print(skipped)
-    return 1 if bad else 0
+    if options.update_budget:
+        aot_count.update_budget(usages)
+    above = aot_count.check_budget(usages) if options.registers is None else []
+    for line in above:
+        print(f"above budget: {line}")
+    return 1 if bad or above else 0
 
 
 def run(work, workers, json_file=None):
-    """Runs all compilations, prints the table and returns the number of kernels with spills or errors."""
-    print(f"{'kernel':<40} {'sm':>4} {'regs':>5} {'spills':>7} {'stack':>6} {'shared':>7}  configuration")
+    """Runs all compilations, prints the table; returns the usages and the number of kernels with spills or errors."""
+    print(
+        f"{'kernel':<40} {'sm':>4} {'regs':>5} {'spills':>7} {'stack':>6} {'shared':>7} {'instr.':>7} {'B/clk':>6} "
+        f"{'progr.':>6} {'in flight':>9}  configuration"
+    )
     usages = []
     bad = 0
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
@@ -309,6 +374,7 @@ def run(work, workers, json_file=None):
                 usages.append(usage)
                 bad += bool(usage.error or usage.spills)
                 numbers = f"{usage.arch:>4} {usage.registers:>5} {usage.spills:>7} {usage.stack:>6} {usage.shared:>7}"
+                numbers += f" {usage.instructions:>7} {usage.rate:>6.1f} {usage.programs:>6} {usage.in_flight:>9}"
                 remark = "  <-- SPILLS" if usage.spills else ""
                 print(f"{usage.name:<40} {numbers}  {usage.config}{remark}", flush=True)
                 if usage.error:
@@ -316,7 +382,7 @@ def run(work, workers, json_file=None):
     print(f"{len(usages)} kernels compiled with Triton {triton.__version__}, {bad} with spills or errors")
     if json_file is not None:
         json_file.write_text(json.dumps([vars(usage) for usage in usages], indent=1))
-    return bad
+    return usages, bad
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def decode_cuda(heatmaps, *arguments):
         )
     coords, scores, call, kept_alive = _prepare(heatmaps, *arguments)
     device = heatmaps.device.index
-    native().decode_heatmaps_cuda(call, device, torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):  # afterwards returns to the caller's device without creating a context there
+        native().decode_heatmaps_cuda(call, device, torch.cuda.current_stream(device).cuda_stream)
     del kept_alive
     return coords, scores
 

@@ -73,6 +73,10 @@ CASES = (
     PoolCase(256, 1024, 512),
     PoolCase(1, 100_000, 1024),
     PoolCase(8, 1_000_000, 64),
+    PoolCase(32, 1024, 128),
+    PoolCase(2, 20_000, 512),
+    ragged(200, 20_000, 64, 512),
+    *(PoolCase(64, 20_000, D) for D in (200, 256, 384, 768)),
 )
 DRY_CASES = (PoolCase(3, 6, 8), ragged(1, 40, 3, 5))
 

@@ -5,6 +5,7 @@
 Inputs are generated and results compared on the CPU, so that hardly any kernels but ours run on the device.
 """
 
+import dataclasses
 import sys
 
 import harness  # noqa: F401 - interpreter mode of dry runs, path of `tests`
@@ -21,14 +22,14 @@ from tests.ops.helpers import REFINEMENTS, make_maps
 def strategies():
     """Strategy -> list of (lengths or (B, N), D, input form, forward plan, backward plan), for small inputs."""
 
-    def chunks(D, chunk_rows, split, min_rows=-1, own_bags=1, warps=8, stages=3, block_n=32):
-        return ChunkConfig(block_n, D, chunk_rows, min_rows, own_bags, split, 4, warps, stages, 128)
+    def chunks(D, chunk_rows, split, min_rows=-1, warps=8, stages=3, block_n=32):
+        return ChunkConfig(block_n, D, chunk_rows, min_rows, split, 4, warps, stages, 128)
 
     def same(plan):
         return plan, plan
 
     split = same(TritonPlan(None, chunks(128, 64, True)))  # 11 chunks in 3 groups of at most 4
-    mixed = OnChipConfig(2, 32, 64, 4), chunks(64, 128, True, min_rows=32, own_bags=3, block_n=64)
+    mixed = OnChipConfig(2, 32, 64, 4), chunks(64, 128, True, min_rows=32, block_n=64)
     lengths = [20, 0, 1, 300, 5, 32, 33, 17, 900, 2, 64]
     return {
         "tiny": [((21, 6), 16, "mask", *same(TritonPlan(OnChipConfig(4, 8, 16, 1), None)))],
@@ -58,10 +59,23 @@ def strategies():
     }
 
 
+def with_tensor_cores(plan, on_chip=True):
+    """The same strategy with products on tensor cores, for 16-bit instances."""
+    parts = {}
+    if on_chip and plan.on_chip is not None:
+        block_n = max(plan.on_chip.block_n, 16)
+        parts["on_chip"] = dataclasses.replace(plan.on_chip, bags=1, block_n=block_n, num_warps=4, dot=True)
+    if plan.chunks is not None:
+        parts["chunks"] = dataclasses.replace(plan.chunks, num_warps=4, num_stages=1, registers=255, dot=True)
+        if plan.on_chip is not None:
+            parts["chunks"] = dataclasses.replace(parts["chunks"], min_rows=plan.on_chip.block_n)
+    return dataclasses.replace(plan, **parts)
+
+
 def exercise_adjust_pool(name, device):
     """Runs one strategy forward and backward, compares with float64; yields a line per configuration."""
     for i, (bags, D, how, plan, backward_plan) in enumerate(strategies()[name]):
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
             for detach in (False, True):
                 generator = torch.Generator().manual_seed(i)
                 where = dict.fromkeys(("mask", "lengths", "cu_seqlens"))
@@ -79,10 +93,13 @@ def exercise_adjust_pool(name, device):
                 g = torch.randn(B, D, generator=generator).to(dtype)
                 v = None if detach else torch.randn(f.shape[:-1], generator=generator)
 
+                plans = plan, backward_plan
+                if dtype != torch.float32:
+                    plans = with_tensor_cores(plan), with_tensor_cores(backward_plan, on_chip=not detach)
                 on_device = [None if x is None else x.to(device) for x in (f, *where.values(), g, v)]
-                bag, w, sigma, stats = adjust_pool_launch.forward(*on_device[:4], 3, True, plan=plan)
-                upstream = on_device[4:6]
-                grad = adjust_pool_launch.backward(*upstream, *on_device[:4], sigma, stats, detach, plan=backward_plan)
+                bag, w, sigma, stats = adjust_pool_launch.forward(*on_device[:4], 3, True, plan=plans[0])
+                saved = (*on_device[:4], sigma, stats)
+                grad = adjust_pool_launch.backward(*on_device[4:6], *saved, detach, plan=plans[1])
 
                 leaf = f.double().requires_grad_()
                 truth = adjust_pool_reference(leaf, **where, detach_routing=detach)

@@ -15,10 +15,12 @@ def variations(config, N, backward):
 
     if isinstance(config, OnChipConfig):
         yield from changed("num_warps", [w for w in (1, 2, 4, 8, 16) if w <= 4 * config.num_warps])
-        yield from changed("bags", [b for b in (1, 2, 4, 8, 16) if b <= 4 * config.bags])
+        if not config.dot:
+            yield from changed("bags", [b for b in (1, 2, 4, 8, 16) if b <= 4 * config.bags])
         return
+    least = 16 if config.dot else 1
     yield from changed("block_n", [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-                                   if config.block_n // 4 <= n <= 4 * config.block_n])  # fmt: skip
+                                   if max(config.block_n // 4, least) <= n <= 4 * config.block_n])  # fmt: skip
     yield from changed("num_warps", [4, 8, 16])
     yield from changed("num_stages", [1, 2, 3, 4, 5])
     yield from changed("registers", [80, 128, 168, 255])
@@ -27,8 +29,6 @@ def variations(config, N, backward):
     rows = [config.chunk_rows * k // 4 for k in (1, 2, 8, 16) if 16 <= config.chunk_rows * k // 4 < N]
     for value in rows:
         yield "chunk_rows", value, dataclasses.replace(config, chunk_rows=value, split=True)
-    if config.min_rows >= 0:
-        yield from changed("own_bags", [2, 4, 8, 16, 32])
 
 
 def candidates(packed, B, N, D, itemsize, backward, multiprocessors):
@@ -42,18 +42,20 @@ def candidates(packed, B, N, D, itemsize, backward, multiprocessors):
         for parameter, value, config in variations(plan.chunks, N, backward):
             if config.registers * 32 * config.num_warps <= 65536:  # the register file of a multiprocessor
                 found[f"chunks {parameter}={value}"] = dataclasses.replace(plan, chunks=config)
+    nowhere = {"on_chip_forward": 0, "on_chip_backward": 0, "dot_most": 0}
     for name, change in {
-        "on chip, twice as large": {"on_chip_forward": 128, "on_chip_backward": 32},
-        "nothing on chip": {"on_chip_forward": 0, "on_chip_backward": 0},
-        "one program per bag": {"stream_bags_per_multiprocessor": 0, "on_chip_forward": 0, "on_chip_backward": 0},
-        "always split": {"stream_bags_per_multiprocessor": 1 << 30, "on_chip_forward": 0, "on_chip_backward": 0},
+        "on chip, twice as large": {"on_chip_forward": 128, "on_chip_backward": 32, "dot_most": 65536},
+        "nothing on chip": nowhere,
+        "one program per bag": {"stream_bags_per_multiprocessor": 0, **nowhere},
+        "always split": {"stream_bags_per_multiprocessor": 1 << 30, **nowhere},
+        "no tensor cores": {"dot_most": 0, "dot_tiles": ()},
     }.items():
         limits = dataclasses.replace(PlanLimits(), **change)
         other = pick_plan(packed, B, N, D, itemsize, backward, multiprocessors, limits)
         if other != plan and other not in found.values():
             found[f"strategy: {name}"] = other
     if packed and plan.on_chip is not None and plan.chunks is not None:
-        found["strategy: chunks only"] = TritonPlan(None, dataclasses.replace(plan.chunks, min_rows=-1, own_bags=1))
+        found["strategy: chunks only"] = TritonPlan(None, dataclasses.replace(plan.chunks, min_rows=-1))
     return found
 
 

@@ -17,7 +17,7 @@ def normalized(plan):
         c = plan["chunks"]
         strategy = "split" if c["split"] else "stream"
         found[strategy, "elements per thread"] = c["block_n"] * c["block_d"] // (32 * c["num_warps"])
-        for parameter in ("num_warps", "num_stages", "registers", "chunk_rows", "group", "own_bags"):
+        for parameter in ("num_warps", "num_stages", "registers", "chunk_rows", "group"):
             found[strategy, parameter] = c[parameter]
     return found
 

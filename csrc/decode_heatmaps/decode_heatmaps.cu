@@ -339,29 +339,25 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
 
 void decode_heatmaps_cuda(const DecodeCall& call, int device, void* stream) {
     if (call.B * call.K == 0) return;
-    int previous;
-    check(cudaGetDevice(&previous));
-    if (previous != device) check(cudaSetDevice(device));
+    // The caller has made the device current. This copy of the CUDA runtime may see another one, where no context has
+    // been used yet; it must not return to that one afterwards, which would create a context on it.
+    int current;
+    check(cudaGetDevice(&current));
+    if (current != device) check(cudaSetDevice(device));
     const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-    try {
-        switch (call.dtype) {
-            case Dtype::float64:
-                launch_all<double>(call, cuda_stream);
-                break;
-            case Dtype::float16:
-                launch_all<__half>(call, cuda_stream);
-                break;
-            case Dtype::bfloat16:
-                launch_all<__nv_bfloat16>(call, cuda_stream);
-                break;
-            default:
-                launch_all<float>(call, cuda_stream);
-        }
-    } catch (...) {
-        if (previous != device) cudaSetDevice(previous);
-        throw;
+    switch (call.dtype) {
+        case Dtype::float64:
+            launch_all<double>(call, cuda_stream);
+            break;
+        case Dtype::float16:
+            launch_all<__half>(call, cuda_stream);
+            break;
+        case Dtype::bfloat16:
+            launch_all<__nv_bfloat16>(call, cuda_stream);
+            break;
+        default:
+            launch_all<float>(call, cuda_stream);
     }
-    if (previous != device) check(cudaSetDevice(previous));
 }
 
 }  // namespace amil

@@ -49,7 +49,8 @@ BlurWeights blur_weights(int blur_kernel);
 void decode_heatmaps_cpu(const DecodeCall& call, int num_threads);
 
 // Decodes heatmaps on a CUDA device; all tensors but `swap` are in device memory. Enqueues one kernel (with `flipped`,
-// one per 512 joints) on the stream and returns without synchronizing. Throws std::runtime_error if a launch fails.
+// one per 512 joints) on the stream and returns without synchronizing. `device`, the current device of the caller, is
+// also left current. Throws std::runtime_error if a launch fails.
 // Only in builds with CUDA.
 void decode_heatmaps_cuda(const DecodeCall& call, int device, void* stream);
 

@@ -10,11 +10,13 @@ import pytest
 pytest.importorskip("triton")
 
 
+def environment():
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the interpreter does not compile
+
+
 def run_aot(*arguments):
-    # The interpreter does not compile.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "amil_fast.kernels.aot", "--no-cuda", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
 def test_compiles_without_spills(tmp_path):
@@ -23,9 +25,11 @@ def test_compiles_without_spills(tmp_path):
     table = json.loads((tmp_path / "table.json").read_text())
     assert {row["name"] for row in table} == {
         "adjust_pool_forward_on_chip_kernel",
+        "adjust_pool_forward_on_chip_dot_kernel",
         "adjust_pool_forward_chunks_kernel",
         "adjust_pool_forward_weights_kernel",
         "adjust_pool_backward_on_chip_kernel",
+        "adjust_pool_backward_on_chip_dot_kernel",
         "adjust_pool_backward_chunks_kernel",
         "adjust_pool_backward_write_kernel",
         "adjust_pool_backward_detached_kernel",
@@ -33,6 +37,31 @@ def test_compiles_without_spills(tmp_path):
     assert all(0 < row["registers"] <= 255 and row["spills"] == 0 for row in table)
     # The on-chip and the chunk kernels reduce through shared memory.
     assert any(row["shared"] > 0 for row in table)
+    assert all(row["instructions"] > 0 and row["programs"] > 0 for row in table)
+
+
+def test_counts_above_the_budget_fail():
+    """More instructions than committed, fewer programs, or a limit exceeded: each is reported."""
+    program = """
+import json
+from dataclasses import replace
+from amil_fast.kernels import aot_count
+from amil_fast.kernels.aot import KernelUsage
+import triton
+budget = json.loads(aot_count.BUDGET.read_text())
+assert len(budget["counts"]) > 100
+(key, (instructions, programs)) = next((k, v) for k, v in budget["counts"].items() if v[0] and v[1] > 1)
+name, arch, config = key.split(" ", 2)
+usage = KernelUsage(name, config, int(arch[3:]), instructions=instructions, programs=programs, rate=1e9)
+assert not aot_count.check_budget([usage])
+if budget["triton"] == triton.__version__:
+    assert len(aot_count.check_budget([replace(usage, instructions=int(instructions * 1.03) + 1)])) == 1
+    assert len(aot_count.check_budget([replace(usage, programs=programs - 1)])) == 1
+kernel = "adjust_pool_forward_chunks_kernel", "bf16 warps=4 stages=1 D=128 ", 90
+(message,) = aot_count.check_budget([KernelUsage(*kernel, rate=49.0)])
+assert message == "forward stream, D = 128: 49.0 bytes per cycle, at least 50", message
+"""
+    subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
 
 
 def test_spills_fail():
@@ -45,11 +74,11 @@ def test_spills_fail():
 def test_every_kernel_is_compiled():
     """The full list of calls covers every kernel."""
     program = """
-from amil_fast.kernels import adjust_pool_backward, adjust_pool_forward, aot
-names = [*vars(adjust_pool_forward), *vars(adjust_pool_backward)]
+from amil_fast.kernels import adjust_pool_backward, adjust_pool_forward, adjust_pool_on_chip_dot, aot
+modules = adjust_pool_backward, adjust_pool_forward, adjust_pool_on_chip_dot
+names = [name for module in modules for name in vars(module)]
 defined = {name for name in names if name.endswith("_kernel")}
 compiled = {c.name for c in aot.triton_compilations(aot.CALLS, (90,))}
-assert defined == compiled and len(defined) == 7, defined ^ compiled
+assert defined == compiled and len(defined) == 9, defined ^ compiled
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", program], env=environment(), check=True)

@@ -50,7 +50,7 @@ extern "C" __attribute__((visibility("default"))) const char* decode_heatmaps(co
     amil::weights.radius = call.blur_kernel / 2;
     for (int d = 0; d <= amil::weights.radius; ++d) amil::weights.weights[d] = half_weights[d];
     try {
-        amil::decode_heatmaps_cuda(call, 0, nullptr);
+        amil::decode_heatmaps_cuda(call, 1, nullptr);
     } catch (const std::exception& exception) {
         error = exception.what();
     }
