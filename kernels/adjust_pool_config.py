@@ -209,12 +209,14 @@ def pick_plan(
     routing: bool = True,
     max_seqlen: int | None = None,
     shared_memory: int = 227 << 10,
+    capability: int = 90,
 ) -> TritonPlan:
     """Plan for B bags of N rows each (``packed``: N rows in total) and D features of ``itemsize`` bytes.
 
     On chip if every bag fits. Packed bags can have any lengths that add up to N, unless ``max_seqlen`` bounds them: if
     bags of twice the mean length fit, those are served on chip and longer ones in chunks, otherwise all in chunks.
     ``routing``: the backward pass differentiates through the weights. ``shared_memory``: bytes per program.
+    ``capability``: compute capability, such as 90.
     """
     limits = limits or PlanLimits()
     block_d = next_power_of_2(D)
@@ -223,7 +225,14 @@ def pick_plan(
     # Shared memory: the tile, its copy in another layout or the parts of a vector.
     dot = itemsize == 2 and (routing or not backward) and block_d * 16 * itemsize * 2 <= shared_memory
     dot = dot and not (backward and block_d > limits.dot_features_backward)
-    on_chip_dot = dot and num_iters <= limits.dot_iterations and limits.dot_most * itemsize + 16384 <= shared_memory
+    # Before Hopper, the product that writes the gradient of a bag spills registers.
+    unserved = backward and capability < 90
+    on_chip_dot = (
+        dot
+        and not unserved
+        and num_iters <= limits.dot_iterations
+        and limits.dot_most * itemsize + 16384 <= shared_memory
+    )
 
     def on_chip(rows):
         config = _on_chip_dot(rows, block_d, backward, limits) if on_chip_dot else None

@@ -122,18 +122,19 @@ def _run(launches: Sequence[TritonLaunch], device: torch.device) -> None:
 
 @functools.lru_cache
 def _device_limits(device):
-    """Multiprocessors and shared memory per program; for tensors that are not on a GPU, those of an H200."""
+    """Multiprocessors, shared memory per program, compute capability; of an H200 for tensors that are not on a GPU."""
     if device.type != "cuda":
-        return 132, 227 << 10
+        return 132, 227 << 10, 90
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    capability = 10 * properties.major + properties.minor
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, capability
 
 
 @functools.lru_cache(maxsize=4096)
 def _pick_plan(packed, B, N, D, itemsize, backward, num_iters, routing, max_seqlen, device):
-    multiprocessors, shared_memory = _device_limits(device)
+    multiprocessors, *limits = _device_limits(device)
     return pick_plan(
-        packed, B, N, D, itemsize, backward, multiprocessors, None, num_iters, routing, max_seqlen, shared_memory
+        packed, B, N, D, itemsize, backward, multiprocessors, None, num_iters, routing, max_seqlen, *limits
     )
 
 

@@ -22,9 +22,9 @@ from harness import Budget, Results, parse, print_table
 HERE = Path(__file__).resolve().parent
 # Tool, kernels, seconds at most. racecheck where programs share results; memcheck elsewhere.
 SANITIZER_RUNS = (
-    ("racecheck", "split,mixed", 120),
-    ("memcheck", "split,mixed,stream,on_chip,tiny", 120),
-    ("memcheck", "decode", 120),
+    ("racecheck", "split,mixed", 110),
+    ("memcheck", "split,mixed,stream,on_chip,tiny", 110),
+    ("memcheck", "decode", 110),
 )
 TEST_FILES = ("tests/ops/test_adjust_pool_gpu.py", "tests/ops/test_decode_gpu.py")
 TEST_SECONDS, TEST_WORKERS = 150, 12
@@ -41,8 +41,9 @@ METRICS = {
 
 def smoke(options, budget, results):
     """Runs every kernel once, without tools, and compares with the reference."""
-    command = [sys.executable, HERE / "exercise.py", "split,mixed,stream,on_chip,tiny,decode", *options.tail]
-    status, seconds, output = run(command, options.out / "smoke.log", min(budget.left(), 90))
+    what = "tiny,decode" if options.dry_run else "split,mixed,stream,on_chip,tiny,decode"
+    command = [sys.executable, HERE / "exercise.py", what, *options.tail]
+    status, seconds, output = run(command, options.out / "smoke.log", min(budget.left(), 60))
     passed = sum(line.endswith(": ok") for line in output.splitlines())
     summary = f"{passed} configurations passed" if status == 0 else output.strip()[-1500:]
     record(results, "smoke", "exercise.py", status, seconds, summary)
@@ -59,7 +60,7 @@ def sanitize(options, budget, results):
         name, what, limit = job
         watched = [tool, "--tool", name, "--error-exitcode", "3", "--print-limit", "20"]
         watched += ["--target-processes", "application-only"]
-        program = [sys.executable, HERE / "exercise.py", what, *options.tail]
+        program = [sys.executable, HERE / "exercise.py", "tiny" if options.dry_run else what, *options.tail]
         log = options.out / f"{name}_{what.replace(',', '_')}.log"
         seconds = min(budget.left(), limit)
         command = program if options.dry_run else [*watched, *program]
@@ -97,7 +98,7 @@ def measure(options, budget, results):
         command = [sys.executable, HERE / "operators.py", "--out", out, "--only", sections, "--dtypes", "bf16"]
         command += ["--minutes", f"{minutes:.2f}", *options.tail]
         log = options.out / f"{name}.log"
-        status, seconds, output = run(command, log, min(budget.left(), 60 * minutes + 40))
+        status, seconds, output = run(command, log, min(budget.left(), 60 * minutes + 10))
         record(results, "operators", name, status, seconds, "" if status == 0 else output.strip()[-1500:])
         if (out / "operators.json").exists():
             results.data.setdefault("operators", {})[name] = json.loads((out / "operators.json").read_text())
@@ -114,7 +115,7 @@ def profile(options, budget, results):
     watched = [tool, "--kernel-name", "regex:adjust_pool|decode", "--metrics", ",".join(METRICS), "--csv"]
     log = options.out / "ncu.log"
     command = program if options.dry_run else [*watched, *program]
-    status, seconds, output = run(command, log, min(budget.left(), 90))
+    status, seconds, output = run(command, log, min(budget.left(), 45))
     profiled = read_profile(output)
     if profiled:
         results.data["ncu"] = profiled

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "decode_heatmaps/decode_heatmaps.h"
 
@@ -124,10 +125,10 @@ struct alignas(kVectorBytes) LoadVector {
 
 // Updates the peak with the pixels of the map, averaged with the flipped map if there is one, using 16-byte loads, of
 // which kInFlight are in flight at a time.
-template <bool kFlipped, class In, class T>
+template <bool kFlipped, int kInFlight, class In, class T>
 __device__ __forceinline__ void search_vectors(const MapView<In>& map, int count, int row, const ThreadGroup& group,
                                                RunningPeak<T>& peak) {
-    constexpr int V = LoadVector<In>::kSize, kInFlight = kFlipped ? 1 : 2;
+    constexpr int V = LoadVector<In>::kSize;
     const LoadVector<In>* vectors = reinterpret_cast<const LoadVector<In>*>(map.map);
     const LoadVector<In>* flipped = reinterpret_cast<const LoadVector<In>*>(map.flipped);
 #pragma unroll 1
@@ -163,11 +164,11 @@ __device__ __forceinline__ RunningPeak<T> search(const MapView<In>& map, int H, 
     int p = group.rank;
     if (map.stride_x == 1 && map.stride_y == W && aligned(map.map)) {
         if (!map.flipped) {
-            search_vectors<false>(map, n / V, W, group, peak);
+            search_vectors<false, 4>(map, n / V, W, group, peak);
             p += n / V * V;
         } else if (map.flipped_stride_x == 1 && map.flipped_stride_y == W && aligned(map.flipped) && W % V == 0 &&
                    !map.shift_flipped) {
-            search_vectors<true>(map, n / V, W / V, group, peak);
+            search_vectors<true, sizeof(T) == 8 ? 1 : 2>(map, n / V, W / V, group, peak);
             p += n;
         }
     }
@@ -226,10 +227,9 @@ __device__ T blurred_maximum(const MapView<In>& map, int H, int W, const DecodeL
 }
 
 // The Newton step of DARK or UDP; valid in thread 0 of the group.
-template <class In, class T>
+template <Refine refine, class In, class T>
 __device__ Step<T> blur_step(const MapView<In>& map, const DecodeLaunch<T>& launch, const ThreadGroup& group,
                              GroupStorage<T>& shared, T* buffer, T maximum, int x, int y) {
-    const Refine refine = launch.call.refine;
     const int H = launch.call.H, W = launch.call.W;
     const int reach = stencil_reach(refine), rows = 2 * reach + 1, columns = rows + 2 * launch.radius;
     const int n = stencil_size(refine), i = group.rank;
@@ -267,8 +267,18 @@ __device__ Step<T> blur_step(const MapView<In>& map, const DecodeLaunch<T>& laun
     return step;
 }
 
-template <class In, class T>
-__global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __grid_constant__ DecodeLaunch<T> launch) {
+__host__ __device__ constexpr bool uses_blur(Refine refine) { return refine >= Refine::dark; }
+
+// Blocks of kMaxBlockThreads per multiprocessor. There is one kernel per refinement: without a blur, 48 registers
+// (bfloat16: 64) suffice for four loads of 16 bytes in flight, 80 KB per multiprocessor (64 KB); fewer would spill.
+template <class In>
+constexpr int min_blocks(Refine refine) {
+    return uses_blur(refine) || sizeof(In) == 8 ? 3 : std::is_same<In, __nv_bfloat16>::value ? 4 : 5;
+}
+
+template <Refine refine, class In, class T>
+__global__ void __launch_bounds__(kMaxBlockThreads, min_blocks<In>(refine))
+    decode_kernel(const __grid_constant__ DecodeLaunch<T> launch) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
     const DecodeCall& call = launch.call;
     const ThreadGroup group = {launch.group, static_cast<int>(threadIdx.x) % launch.group};
@@ -285,10 +295,12 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __gri
     const int x = peak.index % call.W, y = peak.index / call.W;
     Step<T> step = {0, 0};
     if (peak.value > 0) {
-        if (call.refine == Refine::quarter)
+        if constexpr (refine == Refine::quarter) {
             step = quarter_step<T>(map, call.convention, call.H, call.W, x, y);
-        else if (refines_by_blur(call.refine, call.H, call.W, x, y, peak.value))
-            step = blur_step(map, launch, group, shared, buffer, peak.value, x, y);
+        } else if constexpr (uses_blur(refine)) {
+            if (refines_by_blur(refine, call.H, call.W, x, y, peak.value))
+                step = blur_step<refine>(map, launch, group, shared, buffer, peak.value, x, y);
+        }
     }
     if (group.rank == 0) write_joint(call, b, k, peak.value, x, y, step);
 }
@@ -296,6 +308,20 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 3) decode_kernel(const __gri
 void check(cudaError_t status) {
     if (status != cudaSuccess)
         throw std::runtime_error(std::string("decode_heatmaps on CUDA: ") + cudaGetErrorString(status));
+}
+
+template <class In, class T>
+auto kernel_for(Refine refine) {
+    switch (refine) {
+        case Refine::quarter:
+            return &decode_kernel<Refine::quarter, In, T>;
+        case Refine::dark:
+            return &decode_kernel<Refine::dark, In, T>;
+        case Refine::dark_udp:
+            return &decode_kernel<Refine::dark_udp, In, T>;
+        default:
+            return &decode_kernel<Refine::none, In, T>;
+    }
 }
 
 template <class In>
@@ -313,7 +339,7 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
     launch.radius = blur.radius;
     for (int d = 0; d <= blur.radius; ++d) launch.weights[d] = static_cast<T>(blur.weights[d]);
     launch.buffer = 0;
-    if (call.refine >= Refine::dark) {
+    if (uses_blur(call.refine)) {
         const int window = 5 * (5 + 2 * blur.radius);  // DARK's five rows; larger than the halo of a tile row
         launch.buffer = (std::max(window, launch.group == kWarp ? 256 : 1024) + 3) / 4 * 4;
     }
@@ -330,8 +356,8 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
         if (blocks > INT32_MAX)
             throw std::runtime_error("decode_heatmaps on CUDA: expected at most 2^31 - 1 blocks, got " +
                                      std::to_string(blocks));
-        check(cudaLaunchKernel(&decode_kernel<In, T>, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
-                               shared_bytes, stream));
+        check(cudaLaunchKernel(kernel_for<In, T>(call.refine), dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                               arguments, shared_bytes, stream));
     }
 }
 

@@ -529,6 +529,8 @@ def test_plan_takes_tensor_cores(dtype):
         assert alone.on_chip.dot and alone.on_chip.block_n == 128 and alone.chunks is None
     assert not pick_plan(False, 4096, 64, 128, itemsize, True, num_iters=6).on_chip.dot  # more than are unrolled
     assert not pick_plan(False, 4096, 64, 128, itemsize, False, shared_memory=48 << 10).on_chip.dot
+    assert pick_plan(False, 4096, 64, 128, itemsize, False, capability=80).on_chip.dot
+    assert not pick_plan(False, 4096, 64, 128, itemsize, True, capability=80).on_chip.dot
 
 
 # ---- packed buffers longer than their bags, and max_seqlen ----
