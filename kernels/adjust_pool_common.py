@@ -53,8 +53,9 @@ def squash_backward(sigma, grad):
     n, n_squared = norms(sigma)
     dot = tl.sum(sigma * grad, 1, keep_dims=True)
     one_plus = 1 + n_squared
-    slope = (1 - n_squared) / (one_plus * one_plus) / tl.where(n > SMALLEST, n, 1)
-    return tl.where(n > SMALLEST, (n / one_plus) * grad + (slope * dot) * sigma, 0)
+    # No higher power of n than its square is formed: it would overflow, and the terms along sigma would not cancel.
+    radial = (1 - n_squared) / one_plus / one_plus * (dot / tl.where(n > SMALLEST, n, 1))
+    return tl.where(n > SMALLEST, (n / one_plus) * grad + radial * sigma, 0)
 
 
 @triton.jit
@@ -79,8 +80,8 @@ def vector_squash_backward(sigma, grad):
     dot = tl.sum(sigma * grad, 0)
     inverse = 1 / (1 + n_squared)
     factor = n * inverse
-    slope = (1 - n_squared) * inverse * inverse / tl.where(n > SMALLEST, n, 1)
-    return factor * sigma, tl.where(n > SMALLEST, factor * grad + (slope * dot) * sigma, 0)
+    radial = (1 - n_squared) * inverse * inverse * (dot / tl.where(n > SMALLEST, n, 1))
+    return factor * sigma, tl.where(n > SMALLEST, factor * grad + radial * sigma, 0)
 
 
 @triton.jit

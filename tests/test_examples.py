@@ -15,6 +15,7 @@ from tests.helpers import ROOT
 # Script -> pattern of a printed figure and the least value that shows that it works.
 EXAMPLES = {
     "pool_in_your_network.py": (r"accuracy on 500 new bags: ([\d.]+)", 0.95),
+    "own_features.py": (r"AUC on 30 test slides: ([\d.]+)", 0.9),
     "train_bag_classifier.py": (r"key instance in (\d+) of 200 positive bags", 160),
 }
 

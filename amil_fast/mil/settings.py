@@ -131,9 +131,8 @@ class TrainSettings(MilSettings):
         task: one of :data:`amil_fast.mil.labels.TASKS`.
         positive: positive class of two; by default the second in order.
         class_weights: ``"none"``; ``"balanced"``: weights inversely proportional to the classes' frequencies.
-        normalization: ``"auto"``: chosen by the training part
-            (:func:`~amil_fast.nn.feature_normalization.choose_normalization`); ``"none"``; or a name in
-            :data:`amil_fast.nn.feature_normalization.NORMALIZATIONS`.
+        normalization: of the features, fitted to the training part: a name in
+            :data:`amil_fast.nn.feature_normalization.NORMALIZATIONS`, or ``"none"``.
         max_instances: instances of a packed batch; the bags of a step are divided into such batches, which bounds the
             memory and changes the result by rounding only. A larger bag is a batch of its own.
         patience: epochs without an improvement of the inner validation part after which training stops; the best
@@ -150,7 +149,7 @@ class TrainSettings(MilSettings):
     task: str = "auto"
     positive: str | None = None
     class_weights: str = "none"
-    normalization: str = "auto"
+    normalization: str = "standard"
     max_instances: int = 32768
     patience: int = 8
     validation: float = 0.2
@@ -169,7 +168,7 @@ class TrainSettings(MilSettings):
         choices = {
             "task": TASKS,
             "class_weights": ("none", "balanced"),
-            "normalization": ("auto", "none", *NORMALIZATIONS),
+            "normalization": ("none", *NORMALIZATIONS),
             "precision": ("fp32", "bf16"),
             "device": (None, "cpu"),
         }

@@ -30,7 +30,7 @@ def make_network(source: BagSource, targets: Targets, train: np.ndarray, setting
     if regression:
         values = targets.values[train].astype(np.float64)
         options = {"target_mean": float(values.mean()), "target_std": float(values.std()) or 1.0}
-    normalization = "standard" if settings.normalization == "auto" else settings.normalization
+    normalization = settings.normalization
     return MIRNet(
         source.num_features,
         num_classes=1 if regression or len(targets.names) == 2 else len(targets.names),

@@ -37,9 +37,10 @@ def test_weights_sum_to_one_at_large_logits(backend, norm):
     torch.testing.assert_close(sums, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@COMPILED
 @pytest.mark.parametrize("detach_routing", [False, True])
-@pytest.mark.parametrize("exponent", [14, 20, 27, 45, 60])
+@pytest.mark.parametrize(
+    ("backend", "exponent"), [(b, e) for b in ("cpp", "triton") for e in (14, 20, 27, 45)] + [("cpp", 60)]
+)  # Triton: norms up to 7e16
 def test_gradient_at_large_logits(backend, exponent, detach_routing):
     """Tests the weights computed again by the backward pass, and the squash's Jacobian, whose terms cancel along sigma.
 
@@ -66,9 +67,11 @@ def test_gradient_of_nearly_one_hot_weights(backend, scale, seed):
     assert_as_accurate(gradient(x, backend, num_iters=5), reference, truth, factor=3)
 
 
-@COMPILED
 @pytest.mark.parametrize("num_iters", [1, 3])
-@pytest.mark.parametrize("exponent", [-10, -18, -19, -20, -25, -30])
+@pytest.mark.parametrize(
+    ("backend", "exponent"),
+    [(b, e) for b in ("cpp", "triton") for e in (-10, -18, -19, -20)] + [("cpp", -25), ("cpp", -30)],
+)  # Triton: norms from 4e-22
 def test_gradient_of_tiny_instances(backend, num_iters, exponent):
     """The squared norm of these instances underflows, their norm, which is the squash's derivative, does not."""
     x = normal(3, 20, 48) * 10.0**exponent
@@ -77,13 +80,12 @@ def test_gradient_of_tiny_instances(backend, num_iters, exponent):
     assert relative_error(gradient(x, backend, num_iters=num_iters), truth) < 1e-6
 
 
-@COMPILED
-def test_gradient_of_tiny_float64_instances(backend):
+def test_gradient_of_tiny_float64_instances():
     """Scaling the instances by a power of two scales their gradient as long as the squash is quadratic."""
     x = normal(3, 20, 48).double()
-    expected = gradient(x * 2.0**-500, backend, num_iters=1) * 2.0**-450
+    expected = gradient(x * 2.0**-500, "cpp", num_iters=1) * 2.0**-450
     assert expected.abs().max() > 0
-    assert relative_error(gradient(x * 2.0**-950, backend, num_iters=1), expected) < 1e-12
+    assert relative_error(gradient(x * 2.0**-950, "cpp", num_iters=1), expected) < 1e-12
 
 
 def test_subnormal_sums_do_not_depend_on_the_number_of_threads():
