@@ -30,7 +30,6 @@ def make_network(source: BagSource, targets: Targets, train: np.ndarray, setting
     if regression:
         values = targets.values[train].astype(np.float64)
         options = {"target_mean": float(values.mean()), "target_std": float(values.std()) or 1.0}
-    normalization = settings.normalization
     return MIRNet(
         source.num_features,
         num_classes=1 if regression or len(targets.names) == 2 else len(targets.names),
@@ -46,7 +45,7 @@ def make_network(source: BagSource, targets: Targets, train: np.ndarray, setting
         instance_scale=settings.instance_scale,
         bag_scale=settings.bag_scale,
         task=targets.task,
-        normalization=None if normalization == "none" else normalization,
+        normalization=None if settings.normalization == "none" else settings.normalization,
         soft_clip=settings.soft_clip,
         label_names=targets.names,
         backend=settings.backend,

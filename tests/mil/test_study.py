@@ -75,4 +75,4 @@ def test_command(tmp_path):
     assert "gated_attention" in (tmp_path / "out" / "study.md").read_text()
     assert (tmp_path / "out" / "study.png").stat().st_size > 10_000
     run = amil("mil", "study", tmp_path / "c.npz", *args)
-    assert run.exit_code == 2 and "c.npz: cannot be read" in run.output
+    assert run.exit_code == 2 and "c.npz: no such file" in run.output
