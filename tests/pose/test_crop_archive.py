@@ -200,7 +200,7 @@ def test_inconsistent_offsets(people, tmp_path, change):
     else:
         offsets[{"first": 0, "last": -1}[change]] -= 1
     index.write_bytes(save(arrays, metadata=metadata))
-    with pytest.raises(DataError, match=r"a.pack.index: expected the index of a crop archive: offsets that increase from"):
+    with pytest.raises(DataError, match=r"a.pack.index: expected the index .*: offsets that increase"):
         CropArchive(tmp_path / "a.pack")
 
 
