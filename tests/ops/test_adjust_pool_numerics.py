@@ -37,6 +37,22 @@ def test_weights_sum_to_one_at_large_logits(backend, norm):
     torch.testing.assert_close(sums, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@COMPILED
+def test_saved_statistics_give_the_weights(backend):
+    """(shift, scale) of every iteration: w = exp(b - shift) * scale, with logits 0 in the first; (0, 0) if empty."""
+    x = normal(3, 20, 8)
+    lengths = torch.tensor([20, 0, 7])
+    for num_iters in (1, 2, 4):
+        stats = torch.ops.amil_fast.adjust_pool(x, None, lengths, None, num_iters, True, False, backend)[3]
+        assert stats.shape == (3, num_iters, 2)
+        torch.testing.assert_close(stats[:, 0], torch.tensor([[0, 1 / 20], [0, 0], [0, 1 / 7]]), rtol=1e-6, atol=0)
+    _, weights, sigma, stats = torch.ops.amil_fast.adjust_pool(x, None, lengths, None, 2, True, False, backend)
+    n = sigma[:, 0].norm(dim=1, keepdim=True)
+    logits = torch.einsum("bnd,bd->bn", x, sigma[:, 0] * n / (1 + n.square()))
+    expected = torch.exp(logits - stats[:, 1, :1]) * stats[:, 1, 1:] * (torch.arange(20) < lengths[:, None])
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("detach_routing", [False, True])
 @pytest.mark.parametrize(
     ("backend", "exponent"), [(b, e) for b in ("cpp", "triton") for e in (14, 20, 27, 45)] + [("cpp", 60)]
