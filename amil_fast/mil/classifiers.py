@@ -39,19 +39,8 @@ class BagClassifiers:
             self.net = StackedMIRNet(
                 len(self.train),
                 data.features.shape[1],
-                hidden=settings.hidden,
-                depth=settings.depth,
-                pooling=settings.pooling,
-                num_iters=settings.num_iters,
-                residual=settings.residual,
-                deep_supervision=settings.deep_supervision,
-                dropout=settings.dropout,
-                input_dropout=settings.input_dropout,
-                instance_norm=settings.instance_norm or None,
-                instance_scale=settings.instance_scale,
-                bag_scale=settings.bag_scale,
+                **settings.network_options(),
                 scoring="instances" if settings.loss == "mil" else "bag",
-                backend=settings.backend,
             )
         for member, generator in enumerate(self._generators):
             self.net.reset_member(member, torch.Generator().manual_seed(int(generator.integers(2**62))))

@@ -104,6 +104,23 @@ class MilSettings:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
 
+    def network_options(self) -> dict[str, Any]:
+        """Arguments that :class:`~amil_fast.nn.MIRNet` and :class:`~amil_fast.nn.StackedMIRNet` share."""
+        return {
+            "hidden": self.hidden,
+            "depth": self.depth,
+            "pooling": self.pooling,
+            "num_iters": self.num_iters,
+            "residual": self.residual,
+            "deep_supervision": self.deep_supervision,
+            "dropout": self.dropout,
+            "input_dropout": self.input_dropout,
+            "instance_norm": self.instance_norm or None,
+            "instance_scale": self.instance_scale,
+            "bag_scale": self.bag_scale,
+            "backend": self.backend,
+        }
+
 
 PAPER_SETTINGS = MilSettings(
     instance_norm=0,

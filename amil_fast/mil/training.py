@@ -329,7 +329,7 @@ class BagTraining:
         publish(self.out / "last", lambda folder: save_state(folder, tensors, facts))
 
     def _fixed(self):
-        """What a resumed run must share with the interrupted one."""
+        """Settings and parts that a resumed run must share with the interrupted one."""
         names = self.bags.source.names
         parts = {"train": self.train, "validation": self.validation}
         return {"settings": self.settings.fixed(), **{k: [names[i] for i in v] for k, v in parts.items()}}

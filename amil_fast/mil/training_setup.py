@@ -33,22 +33,11 @@ def make_network(source: BagSource, targets: Targets, train: np.ndarray, setting
     return MIRNet(
         source.num_features,
         num_classes=1 if regression or len(targets.names) == 2 else len(targets.names),
-        hidden=settings.hidden,
-        depth=settings.depth,
-        pooling=settings.pooling,
-        num_iters=settings.num_iters,
-        residual=settings.residual,
-        deep_supervision=settings.deep_supervision,
-        dropout=settings.dropout,
-        input_dropout=settings.input_dropout,
-        instance_norm=settings.instance_norm or None,
-        instance_scale=settings.instance_scale,
-        bag_scale=settings.bag_scale,
+        **settings.network_options(),
         task=targets.task,
         normalization=None if settings.normalization == "none" else settings.normalization,
         soft_clip=settings.soft_clip,
         label_names=targets.names,
-        backend=settings.backend,
         **options,
     )
 

@@ -25,6 +25,7 @@ from tests.ops.helpers import (
     LAYOUTS,
     REFINEMENTS,
     allowed_error,
+    allowed_in_image,
     assert_same,
     averaged,
     lay_out,
@@ -117,11 +118,7 @@ def decode_call(rng):
         spoiled = maps.contiguous().clone()
         spoiled.view(-1)[int(rng.integers(spoiled.numel()))] = float(rng.choice([np.nan, np.inf, -np.inf]))
         return decode_heatmaps(spoiled, **arguments, backend="cpp")
-    allowed = allowed_error(decoded, refine, arguments["blur_kernel"])
-    if "scale" in arguments:
-        allowed = allowed * (200 * arguments["scale"] / (min(shape[2:]) - 1 or 1)).amax(1, keepdim=True) + 1e-3
-    elif "affine" in arguments:
-        allowed = allowed * 2 * arguments["affine"].abs().amax((1, 2))[:, None] + 1e-4
+    allowed = allowed_in_image(allowed_error(decoded, refine, arguments["blur_kernel"]), arguments, shape)
     expected = decode_heatmaps(maps, **arguments, backend="reference")
     return assert_same(decode_heatmaps(maps, **arguments, backend="cpp"), expected, allowed)
 

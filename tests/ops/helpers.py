@@ -140,6 +140,15 @@ def allowed_error(maps, refine, blur_kernel):
     return torch.where(unrefined, 1e-5, allowed)
 
 
+def allowed_in_image(allowed, arguments, shape):
+    """``allowed_error`` in image coordinates; ``arguments`` of ``decode_heatmaps``, ``shape`` of the maps."""
+    if "scale" in arguments:
+        return allowed * (200 * arguments["scale"] / (min(shape[2:]) - 1 or 1)).amax(1, keepdim=True) + 1e-3
+    if "affine" in arguments:
+        return allowed * 2 * arguments["affine"].abs().amax((1, 2))[:, None] + 1e-4
+    return allowed
+
+
 def assert_same(actual, expected, allowed, what=""):
     """Asserts equal scores, coordinates within ``allowed (B, K)``, and NaN in the same positions."""
     (coords, scores), (expected_coords, expected_scores) = actual, expected

@@ -15,6 +15,7 @@ from tests.ops.helpers import (
     LAYOUTS,
     REFINEMENTS,
     allowed_error,
+    allowed_in_image,
     assert_same,
     averaged,
     lay_out,
@@ -58,11 +59,7 @@ def test_backends_agree(shape, kind, dtype, layout, flip, refine, convention, bl
         arguments |= {"flipped": flipped, "flip_pairs": pairs, "shift_flipped": flip == "shift"}
         decoded = averaged(maps, flipped, check_pairs(pairs, K), flip == "shift")
 
-    allowed = allowed_error(decoded, refine, blur_kernel)
-    if transform == "box":
-        allowed = allowed * (200 * arguments["scale"] / (min(shape[2:]) - 1 or 1)).amax(1, keepdim=True) + 1e-3
-    elif transform == "affine":
-        allowed = allowed * 2 * arguments["affine"].abs().amax((1, 2))[:, None] + 1e-4
+    allowed = allowed_in_image(allowed_error(decoded, refine, blur_kernel), arguments, shape)
     expected = amil_fast.decode_heatmaps(maps, **arguments, backend="reference")
     results = []
     for instruction_set in native().usable_instruction_sets():
