@@ -44,7 +44,10 @@ Labels = Annotated[
 Task = Annotated[str, typer.Option(help="auto, classification, one_vs_rest or regression.")]
 Positive = Annotated[str | None, typer.Option(help="Positive class of two; by default the second in order.")]
 ClassWeights = Annotated[str, typer.Option(help="none, or balanced: inverse to the classes' frequencies.")]
-Normalization = Annotated[str, typer.Option(help="Of the features, fitted to the training part: standard or none.")]
+Normalization = Annotated[
+    str,
+    typer.Option(help="Of the features, fitted to the training part: standard, scale, none or auto (scale if sparse)."),
+]
 MaxInstances = Annotated[
     int, typer.Option(help="Instances of a packed batch, which bounds the memory; a larger bag is read alone.")
 ]

@@ -14,12 +14,12 @@ from amil_fast.mil.bag_files import BagData
 from amil_fast.mil.set_kernel import SetKernel
 from amil_fast.mil.settings import MilSettings
 from amil_fast.nn import StackedMIRNet, level_loss, margin_loss, noisy_or_loss
-from amil_fast.nn.feature_normalization import inverse_deviation, soft_clip
+from amil_fast.nn.feature_normalization import FeatureStatistics, soft_clip
 from amil_fast.ops import squash
 
 
 class BagClassifiers:
-    """Classifiers trained side by side, each standardized by the statistics of its own training part.
+    """Classifiers trained side by side, each with features normalized by the statistics of its own training part.
 
     A member is a network, or with ``settings.kernel_weight`` > 0 a network and a :class:`SetKernel`, fitted separately
     on the same features, whose probabilities are averaged.
@@ -46,8 +46,8 @@ class BagClassifiers:
             self.net.reset_member(member, torch.Generator().manual_seed(int(generator.integers(2**62))))
         self._dropout_seed = int(np.random.SeedSequence(seeds[0], spawn_key=(1,)).generate_state(1)[0])
         self._features = torch.from_numpy(data.features)
-        statistics = [_standardization(data.features[data.rows(np.flatnonzero(part))[0]]) for part in self.train]
-        self.mean, self.inverse_std = (torch.stack(s)[:, None] for s in zip(*statistics, strict=True))
+        members = [self._normalization(np.flatnonzero(part)) for part in self.train]
+        self.mean, self.inverse_std, self.bound = (torch.stack(s)[:, None] for s in zip(*members, strict=True))
         self._kernels: list[SetKernel] = []
 
     def fit(self, on_epoch: Callable[[int], object] | None = None) -> "BagClassifiers":
@@ -59,7 +59,7 @@ class BagClassifiers:
             labels = torch.from_numpy(self.data.labels).float()
             parts = [np.flatnonzero(part) for part in self.train]
             for member, part in enumerate(parts):
-                instances, cu_seqlens = self._standardized_bags(member, part)
+                instances, cu_seqlens = self._normalized_bags(member, part)
                 self._kernels.append(SetKernel(instances, cu_seqlens, labels[part]))
         return self
 
@@ -105,7 +105,7 @@ class BagClassifiers:
             part = np.flatnonzero(which[index])
             if not len(part):
                 continue
-            probabilities = kernel.probabilities(*self._standardized_bags(index, part)).numpy()
+            probabilities = kernel.probabilities(*self._normalized_bags(index, part)).numpy()
             result[index, part] += self.settings.kernel_weight * (probabilities - result[index, part])
         return result
 
@@ -129,18 +129,31 @@ class BagClassifiers:
 
     def _forward(self, bag_indices):
         rows, cu_seqlens = pack_members(self.data, bag_indices)
-        x = self._standardized(rows, self.mean, self.inverse_std)
+        x = self._normalized(rows, self.mean, self.inverse_std, self.bound)
         cu_seqlens = torch.from_numpy(cu_seqlens)
         return self.net(x, cu_seqlens), cu_seqlens
 
-    def _standardized_bags(self, member, bag_indices):
-        """Instances of some bags, standardized for one member, and their ``cu_seqlens``."""
+    def _normalized_bags(self, member, bag_indices):
+        """Instances of some bags, normalized for one member, and their ``cu_seqlens``."""
         rows, cu_seqlens = self.data.rows(bag_indices)
-        return self._standardized(rows, self.mean[member], self.inverse_std[member]), torch.from_numpy(cu_seqlens)
+        x = self._normalized(rows, self.mean[member], self.inverse_std[member], self.bound[member])
+        return x, torch.from_numpy(cu_seqlens)
 
-    def _standardized(self, rows, mean, inverse_std):
+    def _normalized(self, rows, mean, inverse_std, bound):
         x = (self._features[torch.from_numpy(rows)] - mean) * inverse_std
-        return soft_clip(x, self.settings.soft_clip) if self.settings.soft_clip else x
+        return soft_clip(x, bound) if self.settings.soft_clip else x
+
+    def _normalization(self, bag_indices):
+        """Mean, factor and bound of the smooth clipping for a training part, float32."""
+        num_features = self._features.shape[1]
+        if self.settings.normalization == "none":
+            return torch.zeros(num_features), torch.ones(num_features), torch.tensor([math.inf])
+        rows, _ = self.data.rows(bag_indices)
+        statistics = FeatureStatistics(num_features)
+        statistics.update(self._features[torch.from_numpy(rows)])
+        kind, mean, factor = statistics.normalization(self.settings.normalization)
+        clipped = kind == "standard" and self.settings.soft_clip
+        return mean.float(), factor.float(), torch.tensor([self.settings.soft_clip if clipped else math.inf])
 
     def _losses(self, output, cu_seqlens, y):
         """Loss of every bag ``(members, B)``, averaged over levels; labels ``y (members, B)``."""
@@ -192,13 +205,6 @@ def pack_members(data: BagData, bag_indices: np.ndarray) -> tuple[np.ndarray, np
     column = np.repeat(cu_seqlens[:, :-1].ravel(), counts) + within
     rows[member, column] = np.repeat(data.offsets[:-1][bag_indices].ravel(), counts) + within
     return rows, cu_seqlens
-
-
-def _standardization(rows):
-    """Mean and 1/std of each feature, float32; the factor of a constant feature is 0."""
-    rows = rows.astype(np.float64)
-    mean, std = torch.from_numpy(rows.mean(0)), torch.from_numpy(rows.std(0))
-    return mean.float(), inverse_deviation(mean, std).float()
 
 
 def cosine_factor(done):

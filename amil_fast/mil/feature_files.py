@@ -14,6 +14,7 @@ import torch
 from amil_fast.utils.files import DataError
 from amil_fast.utils.optional import require
 
+_ROWS = 256  # checked at once
 _KEPT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -149,13 +150,16 @@ def check_features(features: torch.Tensor, path: str | os.PathLike, size: int, w
     """Returns ``features`` if they are finite and have the shape of the header; otherwise raises DataError."""
     if features.shape != (size, width):
         raise DataError(f"{path}: features: expected shape ({size}, {width}), got {tuple(features.shape)}")
-    finite = torch.isfinite(features)
-    if not bool(finite.all()):
-        row, column = torch.nonzero(~finite)[0].tolist()
-        raise DataError(
-            f"{path}: features: expected finite values, got {features[row, column].item()} in row {row}, "
-            f"column {column}"
-        )
+    # In parts: temporaries of the size of a bag fragment the heap of a long-lived process to several times its needs.
+    for begin in range(0, size, _ROWS):
+        finite = torch.isfinite(features[begin : begin + _ROWS])
+        if not bool(finite.all()):
+            row, column = torch.nonzero(~finite)[0].tolist()
+            row += begin
+            raise DataError(
+                f"{path}: features: expected finite values, got {features[row, column].item()} in row {row}, "
+                f"column {column}"
+            )
     return features
 
 

@@ -34,6 +34,8 @@ class MilSettings:
         bag_scale: factor on the pooled vectors.
         input_dropout: dropout probability of the features.
         dropout: dropout probability of the hidden units.
+        normalization: of the features, fitted to the training part
+            (:class:`~amil_fast.nn.FeatureNormalization`): one of :data:`NORMALIZATIONS`, or ``"none"``.
         soft_clip: bound c > 0 toward which standardized features are compressed
             (:func:`~amil_fast.nn.feature_normalization.soft_clip`); 0: off.
         kernel_weight: weight of a set kernel's probability beside the network's, in [0, 1]. 0.75 is the most accurate
@@ -64,6 +66,7 @@ class MilSettings:
     bag_scale: float = 10.0
     input_dropout: float = 0.0
     dropout: float = 0.0
+    normalization: str = "auto"
     soft_clip: float = 3.0
     kernel_weight: float = 0.0
     loss: str = "bce"
@@ -81,6 +84,9 @@ class MilSettings:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.normalization not in ("none", *NORMALIZATIONS):
+            expected = ", ".join(("none", *NORMALIZATIONS))
+            raise ValueError(f"normalization: expected one of {expected}, got {self.normalization!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         for name, least, most in (
@@ -128,6 +134,7 @@ PAPER_SETTINGS = MilSettings(
     bag_scale=1,
     input_dropout=0,
     dropout=0,
+    normalization="standard",
     soft_clip=0,
     kernel_weight=0,
     loss="bce",
@@ -148,8 +155,6 @@ class TrainSettings(MilSettings):
         task: one of :data:`amil_fast.mil.labels.TASKS`.
         positive: positive class of two; by default the second in order.
         class_weights: ``"none"``; ``"balanced"``: weights inversely proportional to the classes' frequencies.
-        normalization: of the features, fitted to the training part: a name in
-            :data:`amil_fast.nn.feature_normalization.NORMALIZATIONS`, or ``"none"``.
         max_instances: instances of a packed batch; the bags of a step are divided into such batches, which bounds the
             memory and changes the result by rounding only. A larger bag is a batch of its own.
         patience: epochs without an improvement of the inner validation part after which training stops; the best
@@ -166,7 +171,6 @@ class TrainSettings(MilSettings):
     task: str = "auto"
     positive: str | None = None
     class_weights: str = "none"
-    normalization: str = "standard"
     max_instances: int = 32768
     patience: int = 8
     validation: float = 0.2
@@ -185,7 +189,6 @@ class TrainSettings(MilSettings):
         choices = {
             "task": TASKS,
             "class_weights": ("none", "balanced"),
-            "normalization": ("none", *NORMALIZATIONS),
             "precision": ("fp32", "bf16"),
             "device": (None, "cpu"),
         }

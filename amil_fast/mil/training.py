@@ -154,6 +154,9 @@ class BagTraining:
                 merged.merge(other)
             statistics = merged
         self.net.normalization.fit(statistics)
+        self._progress["normalization"] = self.net.normalization.kind
+        if self.settings.normalization == "auto":
+            self._say(f"normalization: {self.net.normalization.kind}")
 
     def _share(self, bag_indices):
         """Bags of this process."""
@@ -349,6 +352,8 @@ class BagTraining:
         load_optimizer(self._optimizer, part("optimizer", tensors))
         torch.set_rng_state(tensors["random"])
         self._progress = facts["progress"]
+        if self.net.normalization is not None:
+            self.net.normalization.kind = self._progress["normalization"]
 
     def _stop_if_requested(self, saved=False):
         requested = bool(self.stop)

@@ -7,7 +7,8 @@ from torch import nn
 
 from amil_fast.ops.bags import accumulation_dtype
 
-NORMALIZATIONS = ("standard",)
+NORMALIZATIONS = ("auto", "standard", "scale")
+SPARSE = 0.9  # fraction of zeros from which on non-negative features are called sparse
 _ROWS = 1024  # processed at once: intermediate results of 1024 features stay in the L2 cache, and bounded in memory
 
 
@@ -21,12 +22,15 @@ class FeatureStatistics:
         count: number of instances.
         mean: float64 ``(D,)``.
         squares: sum of squared deviations from the mean, float64 ``(D,)``.
+        zeros: number of values that are 0.
+        negatives: number of negative values.
     """
 
     def __init__(self, num_features: int):
         self.count = 0
         self.mean = torch.zeros(num_features, dtype=torch.float64)
         self.squares = torch.zeros(num_features, dtype=torch.float64)
+        self.zeros = self.negatives = 0
 
     def update(self, instances: torch.Tensor) -> None:
         """Adds instances ``(n, D)``."""
@@ -35,11 +39,15 @@ class FeatureStatistics:
                 wide = rows.double()
                 mean = wide.mean(0)
                 self._merge(len(rows), mean, (wide - mean).square_().sum(0))
+                self.zeros += rows.numel() - int(rows.count_nonzero())
+                self.negatives += int((rows < 0).sum())
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Adds the instances of other statistics."""
         if other.count:
             self._merge(other.count, other.mean, other.squares)
+            self.zeros += other.zeros
+            self.negatives += other.negatives
 
     def _merge(self, count, mean, squares):
         total = self.count + count
@@ -52,14 +60,41 @@ class FeatureStatistics:
         """Standard deviation of every feature (divided by the number of instances), float64 ``(D,)``."""
         return (self.squares / max(self.count, 1)).sqrt()
 
+    def root_mean_square(self) -> float:
+        """Root mean square over all instances and features."""
+        return float((self.squares / max(self.count, 1) + self.mean.square()).mean().sqrt())
+
+    @property
+    def sparse(self) -> bool:
+        """True if no value is negative and at least :data:`SPARSE` of them are 0, as for word counts or tf-idf."""
+        return not self.negatives and self.zeros >= SPARSE * self.count * len(self.mean)
+
+    def normalization(self, kind: str) -> tuple[str, torch.Tensor, torch.Tensor]:
+        """Returns the kind (``"auto"`` replaced by the chosen one), the mean to subtract and the factor to apply.
+
+        Both are float64 ``(D,)``.
+        """
+        if kind == "auto":
+            kind = "scale" if self.sparse else "standard"
+        if kind == "scale":
+            scale = self.root_mean_square()
+            return kind, torch.zeros_like(self.mean), torch.full_like(self.mean, 1 / scale if scale else 0.0)
+        return kind, self.mean, _inverse_deviation(self.mean, self.std())
+
 
 class FeatureNormalization(nn.Module):
-    """Standardizes features by the mean and deviation of the training part, and clips them smoothly.
+    """Normalization of features by statistics of the training part.
 
     Args:
         num_features: width D of the instances.
-        kind: name in :data:`NORMALIZATIONS`.
+        kind: ``"standard"``: every feature is standardized and clipped smoothly; ``"scale"``: all features are divided
+            by their common root mean square, which keeps zeros and ratios, for sparse features, whose rare values
+            standardization and clipping would level; ``"auto"``: chosen by :meth:`fit`, ``"scale"`` if no value is
+            negative and 90 % or more are 0.
         soft_clip: bound of the smooth clipping (:func:`soft_clip`) of standardized features; 0: off.
+
+    Attributes:
+        kind: the chosen kind after :meth:`fit`.
 
     The buffers ``mean`` and ``inverse_std``, 0 and 1 until :meth:`fit`, are part of the state dict.
     """
@@ -78,9 +113,9 @@ class FeatureNormalization(nn.Module):
         self.register_buffer("inverse_std", torch.ones(num_features))
 
     def fit(self, instances: "Iterable[torch.Tensor] | FeatureStatistics") -> "FeatureNormalization":
-        """Sets mean and deviation from batches of instances ``(n, D)``, or from statistics; returns itself.
+        """Sets kind, mean and factor from batches of instances ``(n, D)``, or from statistics; returns itself.
 
-        Constant features become 0.
+        Constant features become 0 if standardized.
         """
         statistics = instances
         if not isinstance(statistics, FeatureStatistics):
@@ -89,8 +124,9 @@ class FeatureNormalization(nn.Module):
                 statistics.update(rows)
         if not statistics.count:
             raise ValueError("instances: expected at least one instance, got none")
-        self.mean.copy_(statistics.mean)
-        self.inverse_std.copy_(inverse_deviation(statistics.mean, statistics.std()))
+        self.kind, mean, factor = statistics.normalization(self.kind)
+        self.mean.copy_(mean)
+        self.inverse_std.copy_(factor)
         return self
 
     def forward(self, instances: torch.Tensor) -> torch.Tensor:
@@ -110,19 +146,22 @@ class FeatureNormalization(nn.Module):
 
     def _normalized(self, x):
         x = (x.to(self._dtype(x)) - self.mean) * self.inverse_std
-        return soft_clip(x, self.soft_clip) if self.soft_clip else x
+        return soft_clip(x, self.soft_clip) if self.soft_clip and self.kind == "standard" else x
 
     def extra_repr(self) -> str:
         return f"num_features={len(self.mean)}, kind={self.kind!r}, soft_clip={self.soft_clip}"
 
 
-def soft_clip(x: torch.Tensor, bound: float) -> torch.Tensor:
-    """Smooth clipping to ±bound: ``x / (1 + (x/bound)⁴)^¼``, which is 1.5 % below x at half the bound."""
+def soft_clip(x: torch.Tensor, bound: float | torch.Tensor) -> torch.Tensor:
+    """Smooth clipping to ±bound: ``x / (1 + (x/bound)⁴)^¼``, which is 1.5 % below x at half the bound.
+
+    A tensor of bounds is broadcast; an infinite bound does not clip.
+    """
     squared = (x / bound).square()
     return x / torch.hypot(torch.ones_like(squared), squared).sqrt()
 
 
-def inverse_deviation(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def _inverse_deviation(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """``1 / std``, and 0 for constant features."""
     constant = std <= 1e-7 * mean.abs()  # below this, a deviation of float32 data is rounding
     return torch.where(constant, 0, 1 / torch.where(constant, 1, std))

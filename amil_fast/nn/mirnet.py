@@ -176,10 +176,11 @@ class MIRNet(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """JSON-serializable arguments of the constructor, with the current label names, threshold and targets."""
+        """JSON-serializable arguments of the constructor, with the current values of those that training sets."""
         if callable(self._arguments["pooling"]):
             raise ValueError("pooling: expected a name in POOLINGS to store the model, got a callable")
-        current = {name: getattr(self, name) for name in ("threshold", "target_mean", "target_std")}
+        current: dict[str, Any] = {name: getattr(self, name) for name in ("threshold", "target_mean", "target_std")}
+        current["normalization"] = None if self.normalization is None else self.normalization.kind
         return {**self._arguments, **current, "label_names": list(self.label_names)}
 
     def save_pretrained(self, folder: str | os.PathLike, *, notes: dict[str, Any] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Synthetic bags shared by the tests."""
 
 import numpy as np
+from sklearn.feature_extraction.text import TfidfTransformer
 
 from amil_fast.mil.bag_files import check_bag_data, stratified_folds
 
@@ -16,3 +17,22 @@ def easy_bags(num_bags=30, seed=0, folds=3):
     features[:, 1] = features[:, 1] * 1000 + 5000
     features[:, 2] = 7
     return check_bag_data(features, offsets, labels, stratified_folds(labels, 2, folds))
+
+
+def tf_idf_bags(num_bags=100, seed=0, folds=5):
+    """Bags of 12 to 58 texts as 200 tf-idf features, 98.6 % zeros; of a positive bag, 15 % are on one topic of 10 words.
+
+    The frequency of the words follows Zipf's law.
+    """
+    rng = np.random.default_rng(seed)
+    frequencies = rng.permutation(1 / np.arange(1, 201))
+    topic = np.isin(np.arange(200), rng.choice(200, 10, replace=False)).astype(float)
+    labels = np.arange(num_bags) % 2
+    sizes = rng.integers(12, 59, num_bags)
+    counts = np.zeros((sizes.sum(), 200))
+    for text, label in zip(counts, np.repeat(labels, sizes), strict=True):
+        words = topic if label and rng.random() < 0.15 else frequencies
+        np.add.at(text, rng.choice(200, 1 + rng.poisson(2), p=words / words.sum()), 1)
+    features = TfidfTransformer().fit_transform(counts).toarray()
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return check_bag_data(features, offsets, labels, stratified_folds(labels, 1, folds))

@@ -13,7 +13,7 @@ from amil_fast.mil.settings import LOSSES, PAPER_SETTINGS, MilSettings
 from amil_fast.nn import POOLINGS, MIRNet, level_loss
 from amil_fast.nn.feature_normalization import soft_clip
 from tests.helpers import SHARED
-from tests.mil.helpers import easy_bags
+from tests.mil.helpers import easy_bags, tf_idf_bags
 
 
 def plain(**changes):
@@ -40,6 +40,23 @@ def test_learns(pooling):
     data = easy_bags(40)
     result = cross_validate(data, plain(pooling=pooling, hidden=16, epochs=30, lr=1e-2))
     assert result["accuracy_mean"] > 0.9 and result["auc_mean"] > 0.95
+
+
+def test_sparse_features_are_scaled_instead_of_standardized():
+    # Rare words are hundreds of deviations away from a mean of almost 0, which the clipping at 3 levels.
+    data = tf_idf_bags(seed=1)
+    assert cross_validate(data, MilSettings())["accuracy_mean"] > 0.9
+    assert cross_validate(data, MilSettings(normalization="standard"))["accuracy_mean"] < 0.8
+    every = np.ones((1, 100), dtype=bool)
+    chosen, scaled = (BagClassifiers(data, MilSettings(normalization=kind), every, [[0]]) for kind in ("auto", "scale"))
+    assert torch.equal(chosen.inverse_std, scaled.inverse_std) and (chosen.mean == 0).all() and chosen.bound.isinf()
+
+
+def test_without_normalization():
+    data = easy_bags(12)
+    every = np.ones((1, 12), dtype=bool)
+    raw = BagClassifiers(data, plain(normalization="none", soft_clip=3, hidden=8, epochs=1), every, [[0]])
+    assert (raw.mean == 0).all() and (raw.inverse_std == 1).all() and raw.bound.isinf().all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -58,12 +58,44 @@ def test_normalization():
     assert torch.equal(layer(large), layer(large.clone().requires_grad_()).detach())
     assert layer(large.half()[None]).dtype == torch.float32 and layer(large[None]).shape == (1, 20000, 5)
     assert layer(large.double()).dtype == torch.float64
-    with pytest.raises(ValueError, match="normalization: expected one of standard, got 'unit'"):
+    with pytest.raises(ValueError, match="normalization: expected one of auto, standard, scale, got 'unit'"):
         FeatureNormalization(5, "unit")
     with pytest.raises(ValueError, match="soft_clip: expected a number of at least 0, got -1"):
         FeatureNormalization(5, soft_clip=-1)
     with pytest.raises(ValueError, match="instances: expected at least one instance"):
         layer.fit([])
+
+
+def test_normalization_of_sparse_features():
+    x = torch.zeros(50, 8)
+    x[torch.arange(40), torch.arange(40) % 8] = torch.arange(1.0, 41.0)  # 90 % of 400 values are 0
+    layer = FeatureNormalization(8, "auto", soft_clip=3.0).fit([x[:20], x[20:]])
+    assert layer.kind == "scale"
+    y = layer(x)
+    torch.testing.assert_close(y, x / x.square().mean().sqrt())  # no clipping, one factor, zeros stay zeros
+    assert y.max() > 3 and ((y == 0) == (x == 0)).all()
+    # Not sparse: a negative value, or fewer zeros.
+    for row, value in ((0, -1.0), (49, 1.0)):
+        other = x.clone()
+        other[row, (row + 1) % 8] = value
+        assert FeatureNormalization(8, "auto").fit([other]).kind == "standard"
+    halves = [FeatureStatistics(8), FeatureStatistics(8)]
+    halves[0].update(x[:20])
+    halves[1].update(x[20:])
+    halves[0].merge(halves[1])
+    assert halves[0].sparse and halves[0].root_mean_square() == pytest.approx(float(x.square().mean().sqrt()))
+    assert (FeatureNormalization(8, "scale").fit([torch.zeros(4, 8)])(x) == 0).all()
+
+
+def test_chosen_normalization_is_stored(tmp_path):
+    net = MIRNet(8, hidden=4, normalization="auto", soft_clip=3.0)
+    x = torch.zeros(8, 8)
+    x[1, 7] = 20
+    net.normalization.fit([x])
+    net.save_pretrained(tmp_path)
+    again = MIRNet.from_pretrained(tmp_path)
+    assert again.normalization.kind == net.normalization.kind == "scale"
+    assert torch.equal(again(x[None]).logits, net.eval()(x[None]).logits)
 
 
 def test_model_normalizes_by_itself():
