@@ -20,9 +20,9 @@ def easy_bags(num_bags=30, seed=0, folds=3):
 
 
 def tf_idf_bags(num_bags=100, seed=0, folds=5):
-    """Bags of 12 to 58 texts as 200 tf-idf features, 98.6 % zeros; of a positive bag, 15 % are on one topic of 10 words.
+    """Bags of 12 to 58 texts as 200 tf-idf features, 98.6 % zeros, with word frequencies by Zipf's law.
 
-    The frequency of the words follows Zipf's law.
+    15 % of the texts of a positive bag are on one topic of 10 words.
     """
     rng = np.random.default_rng(seed)
     frequencies = rng.permutation(1 / np.arange(1, 201))
