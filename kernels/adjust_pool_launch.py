@@ -1,8 +1,8 @@
 """Launches of the adjust pooling kernels: the ``triton`` backend of ``torch.ops.amil_fast.adjust_pool``.
 
-Arguments are canonical and checked (see ``amil_fast/ops/adjust_pool.py``). Nothing synchronizes with the device, and
-all memory is allocated by torch, so that calls can be captured in a CUDA graph. The launches of a pass are first listed
-(:class:`TritonLaunch`), then run; ahead-of-time compilation and tests inspect the same list.
+Arguments are canonical and checked (see ``amil_fast/ops/adjust_pool_checks.py``). Nothing synchronizes with the device,
+and all memory is allocated by torch, so that calls can be captured in a CUDA graph. The launches of a pass are first
+listed (:class:`TritonLaunch`), then run; ahead-of-time compilation and tests inspect the same list.
 """
 
 import contextlib

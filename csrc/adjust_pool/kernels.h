@@ -32,6 +32,7 @@
 // |F|. The sum is known at the end of the pass only, so the pass uses c, and its end corrects by delta = sum_i beta_i,
 // which is 0 in exact arithmetic: beta_i - delta w_i is obtained by subtracting delta sigma^t from dL/dS_{t-1}, and
 // delta S_{t-1} from the e^t of the last line.
+// The correction cannot replace the term of v in c: delta would be of the size of v, and leave errors of eps |v|.
 //
 // A bag is divided into chunks of kChunkBytes; the division depends on the bag's size only. Each chunk contributes one
 // partial result, and partial results are merged in chunk order, so results are bit-identical for any number of threads
