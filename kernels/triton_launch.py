@@ -6,6 +6,7 @@ first launched and repeated by :class:`RecordedPass`, which allocates, replaces 
 kernels.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 import triton
 
 ALIGNMENT = 16  # bytes: Triton specializes on pointers that are multiples
+# Compiled kernels by TritonLaunch.specialization, for tensors that are aligned.
+_compiled: dict[tuple, Any] = {}
 
 
 @dataclass
@@ -34,9 +37,37 @@ class TritonLaunch:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
+    def specialization(self) -> tuple:
+        """All that the compiled kernel depends on, except the alignment of the tensors."""
+        device = triton.runtime.driver.active.get_current_device()
+        key = [id(self.kernel), device, self.num_warps, self.num_stages, self.registers]
+        for value, is_constexpr in zip(self.arguments.values(), _constexprs(self.kernel), strict=True):
+            if is_constexpr or value is None:
+                key.append(value)
+            elif isinstance(value, torch.Tensor):
+                key.append(value.dtype)
+            else:
+                key.append(-(2**31) <= value < 2**31)  # a 32-bit argument
+        return tuple(key)
+
     def __call__(self) -> Any:
-        """Launches; returns the compiled kernel, None in the interpreter."""
-        return self.kernel[(self.grid,)](**self.arguments, **self.options)
+        """Launches; returns the compiled kernel if others can be launched with it, None in the interpreter."""
+        if not isinstance(self.kernel, triton.JITFunction):
+            return self.kernel[(self.grid,)](**self.arguments, **self.options)
+        if not aligned([value for value in self.arguments.values() if isinstance(value, torch.Tensor)]):
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            return None
+        key = self.specialization()
+        if key in _compiled:
+            _compiled[key][(self.grid, 1, 1)](*self.arguments.values())
+        else:
+            _compiled[key] = self.kernel[(self.grid,)](**self.arguments, **self.options)
+        return _compiled[key]
+
+
+@functools.cache
+def _constexprs(kernel):
+    return [parameter.is_constexpr for parameter in kernel.params]
 
 
 class PassTensors:
