@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 
-from harness import Results, parse, print_table  # first: path of `tests`
 import torch
+from harness import Results, parse, print_table
 
 from tests.ops import stub_driver
 

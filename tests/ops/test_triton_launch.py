@@ -45,8 +45,10 @@ def call(f, mask=None, lengths=None, cu_seqlens=None, T=3, weights=False, max_se
     bags = f, mask, lengths, cu_seqlens
     bag, w, sigma, stats = adjust_pool_launch.forward(*bags, T, weights, max_seqlen)
     B = bag.shape[0]
-    grads = POOL.setdefault((B, f.shape, f.dtype), (torch.ones(B, f.shape[-1], dtype=f.dtype), torch.ones(f.shape[:-1])))
-    grad = adjust_pool_launch.backward(grads[0], grads[1] if v else None, *bags, sigma, stats, detach, max_seqlen)
+    ones = torch.ones(B, f.shape[-1], dtype=f.dtype), torch.ones(f.shape[:-1])
+    grad_bag, grad_weights = POOL.setdefault((B, f.shape, f.dtype), ones)
+    grads = grad_bag, grad_weights if v else None
+    grad = adjust_pool_launch.backward(*grads, *bags, sigma, stats, detach, max_seqlen)
     assert num_launches() - before == len(log) > 0
     outputs = {"bag": bag, "sigma": sigma, "grad": grad}
     pointers = {name: tensor.data_ptr() for name, tensor in outputs.items()}
