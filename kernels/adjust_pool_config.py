@@ -64,6 +64,9 @@ class PlanLimits:
     stream_bags_per_multiprocessor: int = 4
 
 
+DEFAULT_LIMITS = PlanLimits()
+
+
 @dataclass(frozen=True)
 class OnChipConfig:
     """Configuration of the on-chip kernels: ``bags`` bags per program, of at most ``block_n`` rows each.
@@ -218,7 +221,7 @@ def pick_plan(
     ``routing``: the backward pass differentiates through the weights. ``shared_memory``: bytes per program.
     ``capability``: compute capability, such as 90.
     """
-    limits = limits or PlanLimits()
+    limits = limits or DEFAULT_LIMITS
     block_d = next_power_of_2(D)
     words = 4 if itemsize == 8 else 1
     longest = N if not packed or max_seqlen is None else max(min(N, max_seqlen), 1)

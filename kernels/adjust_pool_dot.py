@@ -25,6 +25,14 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
+def in_shared_memory(f):
+    """``f``, unchanged."""
+    if not INTERPRETED:
+        f = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [f], f.dtype, is_pure=False, pack=2)
+    return f
+
+
+@triton.jit
 def product(a, b):
     """Matrix product of 16-bit matrices, accumulated in float32."""
     if INTERPRETED:

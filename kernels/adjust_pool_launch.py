@@ -2,14 +2,12 @@
 
 Arguments are canonical and checked (see ``amil_fast/ops/adjust_pool_checks.py``). Nothing synchronizes with the device,
 and all memory is allocated by torch, so that calls can be captured in a CUDA graph. The launches of a pass are first
-listed (:class:`TritonLaunch`), then run; ahead-of-time compilation and tests inspect the same list.
+listed (:class:`TritonLaunch`), then run; ahead-of-time compilation and tests inspect the same list. A pass over tensors
+of shapes seen before repeats recorded launches (:class:`RecordedPass`).
 """
 
-import contextlib
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -19,15 +17,8 @@ from amil_fast.kernels.adjust_pool_backward import (
     adjust_pool_backward_on_chip_kernel,
     adjust_pool_backward_write_kernel,
 )
-from amil_fast.kernels.adjust_pool_config import (
-    MAX_FEATURES,
-    MAX_REGISTERS,
-    REGISTERS,
-    WARP,
-    ChunkConfig,
-    TritonPlan,
-    pick_plan,
-)
+from amil_fast.kernels.adjust_pool_bags import KernelBags, bag_inputs
+from amil_fast.kernels.adjust_pool_config import MAX_REGISTERS, REGISTERS, WARP, TritonPlan
 from amil_fast.kernels.adjust_pool_dot import OUTER_TERMS
 from amil_fast.kernels.adjust_pool_forward import (
     adjust_pool_forward_chunks_kernel,
@@ -38,29 +29,12 @@ from amil_fast.kernels.adjust_pool_on_chip_dot import (
     adjust_pool_backward_on_chip_dot_kernel,
     adjust_pool_forward_on_chip_dot_kernel,
 )
+from amil_fast.kernels.triton_launch import PassTensors, RecordedPass, TritonLaunch, aligned
 
 BLOCK_WEIGHTS = 1024  # tile of the kernel that converts logits to weights
-
-
-@dataclass
-class TritonLaunch:
-    """One kernel launch: ``grid`` programs, the arguments by name, and the compiler options."""
-
-    kernel: Any
-    grid: int
-    arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int = 1
-    registers: int | None = None  # maximum per thread
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Compiler options."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
-
-    def __call__(self) -> None:
-        self.kernel[(self.grid,)](**self.arguments, **self.options)
+# Inputs of a pass, by the names of the kernels' pointers.
+BAG_POINTERS = ("instances_ptr", "mask_ptr", "lengths_ptr", "cu_seqlens_ptr")
+GRADIENT_POINTERS = ("sigma_ptr", "softmax_stats_ptr", "grad_bag_ptr", "grad_weights_ptr")
 
 
 def forward(
@@ -75,11 +49,11 @@ def forward(
     plan: TritonPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(bag, weights, sigma, softmax_stats)`` of the registered operator."""
-    outputs, launches = forward_launches(
-        instances, mask, lengths, cu_seqlens, num_iters, return_weights, max_seqlen, plan
+    inputs = bag_inputs(instances, mask, lengths, cu_seqlens)
+    bag, weights, sigma, softmax_stats = _run(
+        _forward_pass, inputs, (num_iters, return_weights, max_seqlen, plan), num_outputs=4
     )
-    _run(launches, instances.device)
-    return outputs
+    return bag, weights, sigma, softmax_stats
 
 
 def backward(
@@ -97,181 +71,12 @@ def backward(
     plan: TritonPlan | None = None,
 ) -> torch.Tensor:
     """``grad_instances`` of the registered operator, contiguous."""
-    grad, launches = backward_launches(
-        grad_bag,
-        grad_weights,
-        instances,
-        mask,
-        lengths,
-        cu_seqlens,
-        sigma,
-        softmax_stats,
-        detach_routing,
-        max_seqlen,
-        plan,
+    inputs = (
+        *bag_inputs(instances, mask, lengths, cu_seqlens),
+        *_gradient_inputs(sigma, softmax_stats, grad_bag, grad_weights),
     )
-    _run(launches, instances.device)
+    (grad,) = _run(_backward_pass, inputs, (sigma.shape[1], detach_routing, max_seqlen, plan), num_outputs=1)
     return grad
-
-
-def _run(launches: Sequence[TritonLaunch], device: torch.device) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for launch in launches:
-            launch()
-
-
-@functools.lru_cache
-def _device_limits(device):
-    """Multiprocessors, shared memory per program, compute capability; of an H200 for tensors that are not on a GPU."""
-    if device.type != "cuda":
-        return 132, 227 << 10, 90
-    properties = torch.cuda.get_device_properties(device)
-    capability = 10 * properties.major + properties.minor
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin, capability
-
-
-@functools.lru_cache(maxsize=4096)
-def _pick_plan(packed, B, N, D, itemsize, backward, num_iters, routing, max_seqlen, device):
-    multiprocessors, *limits = _device_limits(device)
-    return pick_plan(
-        packed, B, N, D, itemsize, backward, multiprocessors, None, num_iters, routing, max_seqlen, *limits
-    )
-
-
-class KernelBags:
-    """Bags as kernel arguments: sizes, strides and the pointers shared by all kernels.
-
-    ``layout_arguments``: the pointers and sizes that describe the bags; ``arguments``: these and the instances.
-    """
-
-    def __init__(
-        self,
-        instances: torch.Tensor,
-        mask: torch.Tensor | None,
-        lengths: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> None:
-        self.packed = cu_seqlens is not None
-        D = instances.shape[-1]
-        if instances.stride(-1) != 1 and D > 1:
-            instances = instances.contiguous()
-        if cu_seqlens is not None:
-            self.B, self.N, self.rows = cu_seqlens.shape[0] - 1, instances.shape[0], instances.shape[0]
-            stride_b, stride_n = 0, instances.stride(0)
-        else:
-            self.B, self.N = instances.shape[:2]
-            self.rows = self.B * self.N
-            stride_b, stride_n = instances.stride()[:2] if self.B > 1 else (0, instances.stride(1))
-        if self.N <= 1:
-            stride_n = 0
-        if D > MAX_FEATURES:
-            raise ValueError(
-                f"instances: backend 'triton' serves up to {MAX_FEATURES} features, got {D}; use 'reference'"
-            )
-        if max(self.N, self.B) >= 2**31:
-            raise ValueError(
-                "instances: backend 'triton' serves fewer than 2**31 bags and instances (per bag if padded), got "
-                f"{self.B} bags and {self.N} instances; use 'reference'"
-            )
-        # Largest power of two, up to 16 bytes in elements, that divides both strides.
-        strides = stride_b | stride_n | (16 // instances.element_size())
-        self.unit = strides & -strides
-        self.D = D
-        self.contiguous = stride_n == D or self.N <= 1
-        self.instances = instances
-        self.layout_arguments = {
-            "mask_ptr": None if mask is None else mask.contiguous().view(torch.uint8),
-            "lengths_ptr": None if lengths is None else lengths.contiguous(),
-            "cu_seqlens_ptr": None if cu_seqlens is None else cu_seqlens.contiguous(),
-            "B": self.B,
-            "N": self.N,
-        }
-        self.arguments = {
-            **self.layout_arguments,
-            "instances_ptr": instances,
-            "stride_b": stride_b // self.unit,
-            "stride_n": stride_n // self.unit,
-            "D": D,
-            "UNIT": self.unit,
-        }
-
-    def plan(
-        self, backward: bool, num_iters: int = 3, routing: bool = True, max_seqlen: int | None = None
-    ) -> TritonPlan:
-        """Default plan of a pass on the device of the instances."""
-        itemsize, device = self.instances.element_size(), self.instances.device
-        return _pick_plan(
-            self.packed, self.B, self.N, self.D, itemsize, backward, num_iters, routing, max_seqlen, device
-        )
-
-
-def _on_chip_launch(kernel, kernel_dot, bags, plan, arguments):
-    """Launch of the on-chip kernel of a pass; ``arguments`` may contain more than it takes."""
-    config = plan.on_chip
-    arguments = {**bags.arguments, **arguments, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
-    arguments["ALONE"] = bags.packed and plan.chunks is None
-    if config.dot:
-        kernel = kernel_dot
-        layout = bags.layout_arguments
-        ragged = bags.packed or layout["lengths_ptr"] is not None
-        arguments["CONTIGUOUS"] = bags.contiguous
-        arguments["FULL"] = not ragged and layout["mask_ptr"] is None and bags.N == config.block_n
-        arguments["HALF"] = ragged and config.block_n >= 32
-    else:
-        arguments["BAGS"] = config.bags
-    taken = {name: arguments[name] for name in kernel.arg_names}
-    return TritonLaunch(kernel, triton.cdiv(bags.B, config.bags), taken, config.num_warps)
-
-
-class _ChunkLaunches:
-    """Lists the launches of the chunk kernels of one pass, which share the assignment of chunks to programs."""
-
-    def __init__(self, bags: KernelBags, config: ChunkConfig, T: int) -> None:
-        self.bags, self.config, self.T = bags, config, T
-        if not bags.packed:
-            self.slots = triton.cdiv(bags.N, config.chunk_rows) * bags.B
-        else:
-            self.slots = bags.N // config.chunk_rows + bags.B if config.split else bags.B
-        self.layout = {
-            "T": T,
-            "chunk_rows": config.chunk_rows,
-            "min_rows": config.min_rows,
-            "SPLIT": config.split,
-        }
-        self.blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
-        self.launches: list[TritonLaunch] = []
-
-    def add(self, kernel, arguments, registers=None, num_warps=None, num_stages=1):
-        """Appends a launch of one program per slot."""
-        arguments = {**self.layout, **arguments}
-        num_warps = num_warps or self.config.num_warps
-        self.launches.append(TritonLaunch(kernel, self.slots, arguments, num_warps, num_stages, registers))
-
-    def add_iterations(self, kernel, iterations, arguments, num_stats, dtype, per_iteration):
-        """Appends one launch per iteration if bags can be split, else a single one that runs all iterations.
-
-        ``num_stats``: scalars of a partial result; ``dtype``: its dtype. ``per_iteration(first)`` returns the further
-        arguments and the maximum number of registers of a launch.
-        """
-        config, bags = self.config, self.bags
-        workspace = dict.fromkeys(("stats_ptr", "partial_ptr", "counters_ptr"))
-        if config.split:
-            workspace = {
-                "stats_ptr": bags.instances.new_empty(self.slots, num_stats, dtype=dtype),
-                "partial_ptr": bags.instances.new_empty(self.slots, bags.D, dtype=dtype),
-                "counters_ptr": bags.instances.new_zeros(self.T, 2, self.slots, dtype=torch.int32),
-            }
-        constants = {
-            "GROUP": config.group,
-            "NUM_STAGES": config.num_stages,
-            "num_slots": self.slots,
-            "MERGE_N": config.merge_n,
-        }
-        constants |= {"DOT": config.dot, "CONTIGUOUS": config.dot and bags.contiguous}
-        shared = {**bags.arguments, **self.blocks, **arguments, **workspace, **constants}
-        for i, t in enumerate(iterations if config.split else iterations[:1]):
-            more, registers = per_iteration(i == 0)
-            self.add(kernel, {**shared, **more, "first_t": t}, registers, num_stages=config.num_stages)
 
 
 def forward_launches(
@@ -285,40 +90,9 @@ def forward_launches(
     plan: TritonPlan | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], list[TritonLaunch]]:
     """Allocated outputs ``(bag, weights, sigma, softmax_stats)`` and the launches that fill them, in order."""
-    bags = KernelBags(instances, mask, lengths, cu_seqlens)
-    B, T, D = bags.B, num_iters, bags.D
-    dtype = torch.float64 if instances.dtype == torch.float64 else torch.float32
-    weights_shape = instances.shape[:-1] if return_weights else (0,)
-    if B == 0 or bags.rows == 0:
-        bag, sigma = instances.new_zeros(B, D), instances.new_zeros(B, T, D, dtype=dtype)
-        softmax_stats = instances.new_zeros(B, T, 2, dtype=dtype)
-        return (bag, instances.new_zeros(weights_shape, dtype=dtype), sigma, softmax_stats), []
-    plan = plan or bags.plan(False, T, max_seqlen=max_seqlen)
-    bag = instances.new_empty(B, D)
-    sigma = instances.new_empty(B, T, D, dtype=dtype)
-    softmax_stats = instances.new_empty(B, T, 2, dtype=dtype)
-    weights = instances.new_empty(weights_shape, dtype=dtype)
-    weights_ptr = weights if return_weights else None
-    outputs = {"bag_ptr": bag, "weights_ptr": weights_ptr, "sigma_ptr": sigma, "softmax_stats_ptr": softmax_stats}
-
-    launches = []
-    if plan.on_chip is not None:
-        kernels = adjust_pool_forward_on_chip_kernel, adjust_pool_forward_on_chip_dot_kernel
-        launches.append(_on_chip_launch(*kernels, bags, plan, {**outputs, "T": T}))
-    if plan.chunks is not None:
-        chunks = _ChunkLaunches(bags, plan.chunks, T)
-        chunks.add_iterations(
-            adjust_pool_forward_chunks_kernel, range(T), outputs, 2, dtype, lambda _: ({}, chunks.config.registers)
-        )
-        if return_weights:
-            arguments = {
-                **bags.layout_arguments,
-                "weights_ptr": weights,
-                "softmax_stats_ptr": softmax_stats,
-                "BLOCK_N": BLOCK_WEIGHTS,
-            }
-            chunks.add(adjust_pool_forward_weights_kernel, arguments, num_warps=4)
-        launches += chunks.launches
+    inputs = bag_inputs(instances, mask, lengths, cu_seqlens)
+    tensors, launches = _forward_pass(inputs, num_iters, return_weights, max_seqlen, plan)
+    bag, weights, sigma, softmax_stats = tensors.allocated(4)
     return (bag, weights, sigma, softmax_stats), launches
 
 
@@ -336,63 +110,204 @@ def backward_launches(
     plan: TritonPlan | None = None,
 ) -> tuple[torch.Tensor, list[TritonLaunch]]:
     """Allocated gradient of the instances and the launches that fill it, in order."""
-    bags = KernelBags(instances, mask, lengths, cu_seqlens)
-    T = sigma.shape[1]
-    grad = torch.empty(instances.shape, dtype=instances.dtype, device=instances.device)
-    if bags.B == 0 or bags.rows == 0:
-        return grad.zero_(), []
-    routing, read = T > 1 and not detach_routing, T > 1
-    plan = plan or bags.plan(True, T, routing, max_seqlen)
-    saved = {"sigma_ptr": sigma.contiguous(), "softmax_stats_ptr": softmax_stats.contiguous()}
-    grad_bag_ptr = None if grad_bag is None else grad_bag.contiguous()
-    grad_weights_ptr = grad_weights.contiguous() if grad_weights is not None and routing else None
+    inputs = (
+        *bag_inputs(instances, mask, lengths, cu_seqlens),
+        *_gradient_inputs(sigma, softmax_stats, grad_bag, grad_weights),
+    )
+    tensors, launches = _backward_pass(inputs, sigma.shape[1], detach_routing, max_seqlen, plan)
+    return tensors.allocated(1)[0], launches
 
+
+def _gradient_inputs(sigma, softmax_stats, grad_bag, grad_weights):
+    return (
+        sigma.contiguous(),
+        softmax_stats.contiguous(),
+        None if grad_bag is None else grad_bag.contiguous(),
+        None if grad_weights is None else grad_weights.contiguous(),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _record(list_pass, settings, *key):
+    """A list for the recorded pass of a key: empty until the pass has been run once."""
+    return []
+
+
+def _run(
+    list_pass: Callable, inputs: Sequence[torch.Tensor | None], settings: tuple, num_outputs: int
+) -> list[torch.Tensor]:
+    """Runs a pass on the current stream of the device of the instances; returns the first tensors that it allocates.
+
+    ``list_pass(inputs, *settings)`` returns its tensors and launches. What it returns depends on ``settings`` and on
+    what is in the key: presence, dtypes, shapes and strides of the inputs, and the device.
+    """
+    instances, mask, lengths, cu_seqlens, *gradients = inputs
+    device = instances.get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(list_pass, inputs, settings, num_outputs)
+    record = _record(
+        list_pass,
+        settings,
+        device,
+        instances.dtype,
+        instances.shape,
+        instances.stride(),
+        mask is None,
+        None if lengths is None else lengths.dtype,
+        None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.shape),
+        *[tensor is None for tensor in gradients],
+    )
+    if record and aligned(inputs):
+        return record[0](inputs)[len(inputs) : len(inputs) + num_outputs]
+    tensors, launches = list_pass(inputs, *settings)
+    compiled = [launch() for launch in launches]
+    if None not in compiled:
+        record[:] = [RecordedPass(tensors, launches, compiled)]
+    return tensors.allocated(num_outputs)
+
+
+def _forward_pass(inputs, T, return_weights, max_seqlen, plan):
+    """Tensors and launches of a forward pass; allocates bag, weights, sigma, softmax_stats and workspace."""
+    instances, bags = inputs[0], KernelBags(*inputs)
+    tensors = PassTensors(dict(zip(BAG_POINTERS, inputs, strict=True)))
+    dtype = torch.float64 if instances.dtype == torch.float64 else torch.float32
+    empty = bags.B == 0 or bags.rows == 0
+    tensors.allocate("bag_ptr", (bags.B, bags.D), instances.dtype, empty)
+    tensors.allocate("weights_ptr", instances.shape[:-1] if return_weights else (0,), dtype, empty)
+    tensors.allocate("sigma_ptr", (bags.B, T, bags.D), dtype, empty)
+    tensors.allocate("softmax_stats_ptr", (bags.B, T, 2), dtype, empty)
+    if empty:
+        return tensors, []
+    plan = plan or bags.plan(False, T, max_seqlen=max_seqlen)
+    arguments = {"T": T} if return_weights else {"T": T, "weights_ptr": None}
     launches = []
     if plan.on_chip is not None:
-        arguments = {
-            **saved,
-            "T": T,
-            "grad_bag_ptr": grad_bag_ptr,
-            "grad_weights_ptr": grad_weights_ptr,
-            "grad_ptr": grad,
-            "ROUTING": routing,
-            "READ": read,
-        }
+        kernels = adjust_pool_forward_on_chip_kernel, adjust_pool_forward_on_chip_dot_kernel
+        launches.append(_on_chip_launch(*kernels, bags, plan, tensors, arguments))
+    if plan.chunks is not None:
+        chunks = _ChunkLaunches(bags, plan.chunks, tensors, arguments)
+        chunks.add_iterations(
+            adjust_pool_forward_chunks_kernel, range(T), 2, dtype, lambda _: ({}, chunks.config.registers)
+        )
+        if return_weights:
+            chunks.add(adjust_pool_forward_weights_kernel, {"BLOCK_N": BLOCK_WEIGHTS}, num_warps=4)
+        launches += chunks.launches
+    return tensors, launches
+
+
+def _backward_pass(inputs, T, detach_routing, max_seqlen, plan):
+    """Tensors and launches of a backward pass; allocates the gradient and workspace."""
+    instances, mask, _, _, sigma, _, _, grad_weights = inputs
+    bags = KernelBags(*inputs[:4])
+    tensors = PassTensors(dict(zip(BAG_POINTERS + GRADIENT_POINTERS, inputs, strict=True)))
+    empty = bags.B == 0 or bags.rows == 0
+    tensors.allocate("grad_ptr", instances.shape, instances.dtype, empty)
+    if empty:
+        return tensors, []
+    routing, read = T > 1 and not detach_routing, T > 1
+    plan = plan or bags.plan(True, T, routing, max_seqlen)
+    arguments = {"T": T, "ROUTING": routing, "READ": read, "num_rows": bags.rows}
+    if not routing:
+        arguments["grad_weights_ptr"] = None
+    launches = []
+    if plan.on_chip is not None:
         kernels = adjust_pool_backward_on_chip_kernel, adjust_pool_backward_on_chip_dot_kernel
-        launches.append(_on_chip_launch(*kernels, bags, plan, arguments))
+        launches.append(_on_chip_launch(*kernels, bags, plan, tensors, arguments))
     if plan.chunks is not None:
         config = plan.chunks
-        chunks = _ChunkLaunches(bags, config, T)
+        chunks = _ChunkLaunches(bags, config, tensors, arguments)
         if not routing:
-            arguments = {**bags.arguments, **chunks.blocks, **saved, "grad_bag_ptr": grad_bag_ptr, "grad_ptr": grad}
-            arguments |= {"READ": read, "NUM_STAGES": config.num_stages, "CONTIGUOUS": bags.contiguous}
-            chunks.add(adjust_pool_backward_detached_kernel, arguments, config.registers, num_stages=config.num_stages)
-            return grad, launches + chunks.launches
-        steps = {
-            "scalars_ptr": sigma.new_empty(2 * T - 2, bags.rows),
-            "vectors_ptr": sigma.new_empty(bags.B, 2 * T - 1, bags.D),
-            "deltas_ptr": sigma.new_empty(bags.B, T),
-            "num_rows": bags.rows,
-        }
+            contiguous = {"CONTIGUOUS": bags.contiguous}
+            chunks.add(adjust_pool_backward_detached_kernel, contiguous, config.registers, config.num_stages)
+            return tensors, launches + chunks.launches
+        tensors.allocate("scalars_ptr", (2 * T - 2, bags.rows), sigma.dtype)
+        tensors.allocate("vectors_ptr", (bags.B, 2 * T - 1, bags.D), sigma.dtype)
+        tensors.allocate("deltas_ptr", (bags.B, T), sigma.dtype)
         # A mask or a gradient of the weights increases register pressure: lower occupancy is preferred to spills.
         max_registers = min(MAX_REGISTERS, REGISTERS // (WARP * config.num_warps))
 
         def per_iteration(first):
             high_pressure = mask is not None or (first and grad_weights is not None)
-            arguments = {"grad_weights_ptr": grad_weights_ptr if first else None}
-            return arguments, max_registers if high_pressure else config.registers
+            more = {} if first else {"grad_weights_ptr": None}
+            return more, max_registers if high_pressure else config.registers
 
-        chunks.add_iterations(
-            adjust_pool_backward_chunks_kernel,
-            range(T - 1, 0, -1),
-            {**saved, **steps, "grad_bag_ptr": grad_bag_ptr},
-            1,
-            sigma.dtype,
-            per_iteration,
-        )
-        arguments = {**bags.layout_arguments, **chunks.blocks, **steps, "D": bags.D, "grad_ptr": grad}
-        arguments |= {"softmax_stats_ptr": saved["softmax_stats_ptr"], "DOT": config.dot}
-        arguments["ONE_BLOCK"] = config.dot and 2 * T - 1 <= OUTER_TERMS.value
-        chunks.add(adjust_pool_backward_write_kernel, arguments, per_iteration(first=True)[1])
+        iterations = range(T - 1, 0, -1)
+        chunks.add_iterations(adjust_pool_backward_chunks_kernel, iterations, 1, sigma.dtype, per_iteration)
+        one_block = {"ONE_BLOCK": config.dot and 2 * T - 1 <= OUTER_TERMS.value}
+        chunks.add(adjust_pool_backward_write_kernel, one_block, per_iteration(first=True)[1])
         launches += chunks.launches
-    return grad, launches
+    return tensors, launches
+
+
+def _on_chip_launch(kernel, kernel_dot, bags, plan, tensors, arguments):
+    """Launch of the on-chip kernel of a pass."""
+    config = plan.on_chip
+    arguments = {
+        **bags.arguments,
+        **arguments,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "ALONE": bags.packed and plan.chunks is None,
+    }
+    if config.dot:
+        kernel = kernel_dot
+        arguments["CONTIGUOUS"] = bags.contiguous
+        arguments["FULL"] = not bags.ragged and not bags.masked and bags.N == config.block_n
+        arguments["HALF"] = bags.ragged and config.block_n >= 32
+    else:
+        arguments["BAGS"] = config.bags
+    return tensors.launch(kernel, triton.cdiv(bags.B, config.bags), arguments, config.num_warps)
+
+
+class _ChunkLaunches:
+    """Lists the launches of the chunk kernels of one pass, which share the assignment of chunks to programs."""
+
+    def __init__(self, bags, config, tensors, arguments):
+        self.bags, self.config, self.tensors = bags, config, tensors
+        if not bags.packed:
+            self.slots = triton.cdiv(bags.N, config.chunk_rows) * bags.B
+        else:
+            self.slots = bags.N // config.chunk_rows + bags.B if config.split else bags.B
+        self.arguments = {
+            **bags.arguments,
+            **arguments,
+            "num_slots": self.slots,
+            "chunk_rows": config.chunk_rows,
+            "min_rows": config.min_rows,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "SPLIT": config.split,
+            "GROUP": config.group,
+            "MERGE_N": config.merge_n,
+            "NUM_STAGES": config.num_stages,
+            "DOT": config.dot,
+            "CONTIGUOUS": config.dot and bags.contiguous,
+        }
+        self.launches = []
+
+    def add(self, kernel, arguments, registers=None, num_stages=1, num_warps=None):
+        """Appends a launch of one program per slot, with ``arguments`` besides those of the pass."""
+        num_warps = num_warps or self.config.num_warps
+        arguments = {**self.arguments, **arguments}
+        launch = self.tensors.launch(
+            kernel, self.slots, arguments, num_warps, num_stages=num_stages, registers=registers
+        )
+        self.launches.append(launch)
+
+    def add_iterations(self, kernel, iterations, num_stats, dtype, per_iteration):
+        """Appends one launch per iteration if bags can be split, else a single one that runs all iterations.
+
+        ``num_stats``: scalars of a partial result; ``dtype``: its dtype. ``per_iteration(first)`` returns the further
+        arguments and the maximum number of registers of a launch.
+        """
+        if self.config.split:
+            self.tensors.allocate("stats_ptr", (self.slots, num_stats), dtype)
+            self.tensors.allocate("partial_ptr", (self.slots, self.bags.D), dtype)
+            self.tensors.allocate("counters_ptr", (self.arguments["T"], 2, self.slots), torch.int32, zero=True)
+        else:
+            self.arguments |= dict.fromkeys(("stats_ptr", "partial_ptr", "counters_ptr"))
+            iterations = iterations[:1]
+        for i, t in enumerate(iterations):
+            more, registers = per_iteration(i == 0)
+            self.add(kernel, {**more, "first_t": t}, registers, self.config.num_stages)

@@ -20,6 +20,7 @@ from amil_fast.kernels.adjust_pool_dot import (
     column,
     column_sums,
     exp,
+    in_shared_memory,
     magnitude,
     outer_product,
     product,
@@ -51,7 +52,7 @@ def load_bag(
         f = tl.load(ptrs, eviction_policy="evict_first")
     else:
         f = tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0, eviction_policy="evict_first")
-    return f, valid
+    return in_shared_memory(f), valid
 
 
 @triton.jit

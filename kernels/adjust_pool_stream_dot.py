@@ -13,6 +13,7 @@ from amil_fast.kernels.adjust_pool_dot import (
     add_product,
     column_sums,
     exp,
+    in_shared_memory,
     magnitude,
     product,
     split_columns,
@@ -60,7 +61,7 @@ def attend_dot(
     for n0 in tl.range(low, high, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
         valid = row_mask(mask_ptr, n0 + n, high)
         ptrs = tile_pointers(bag_ptr, n0, stride_n, D, UNIT, CONTIGUOUS, BLOCK_N, BLOCK_D)
-        f = tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0)
+        f = in_shared_memory(tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0))
         logits = tl.sum(product(f, columns), 1) * unit
         if logits_ptr is not None:
             tl.store(logits_ptr + n0 + n, logits, mask=valid & store_logits)
@@ -97,7 +98,7 @@ def route_dot(
         n = n0 + tl.arange(0, BLOCK_N)
         valid = row_mask(mask_ptr, n, high)
         ptrs = tile_pointers(instances_ptr, n0, stride_n, D, UNIT, CONTIGUOUS, BLOCK_N, BLOCK_D)
-        f = tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0)
+        f = in_shared_memory(tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0))
         logits, x = column_sums(product(f, columns))
         w = tl.where(valid, exp(logits * s_unit - shift) * scale, 0)
         x = x * e_unit - center
