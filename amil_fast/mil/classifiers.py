@@ -11,18 +11,14 @@ import numpy as np
 import torch
 
 from amil_fast.mil.bag_files import BagData
-from amil_fast.mil.set_kernel import SetKernel
 from amil_fast.mil.settings import MilSettings
 from amil_fast.nn import StackedMIRNet, level_loss, margin_loss, noisy_or_loss
-from amil_fast.nn.feature_normalization import inverse_deviation, soft_clip
+from amil_fast.nn.feature_normalization import soft_clip
 from amil_fast.ops import squash
 
 
 class BagClassifiers:
     """Classifiers trained side by side, each standardized by the statistics of its own training part.
-
-    A member is a network, or with ``settings.kernel_weight`` > 0 a network and a :class:`SetKernel`, fitted separately
-    on the same features, whose probabilities are averaged.
 
     Args:
         data: bags.
@@ -46,21 +42,14 @@ class BagClassifiers:
             self.net.reset_member(member, torch.Generator().manual_seed(int(generator.integers(2**62))))
         self._dropout_seed = int(np.random.SeedSequence(seeds[0], spawn_key=(1,)).generate_state(1)[0])
         self._features = torch.from_numpy(data.features)
-        statistics = [_standardization(data.features[data.rows(np.flatnonzero(part))[0]]) for part in self.train]
+        statistics = [data.standardization(part) for part in self.train]
         self.mean, self.inverse_std = (torch.stack(s)[:, None] for s in zip(*statistics, strict=True))
-        self._kernels: list[SetKernel] = []
 
     def fit(self, on_epoch: Callable[[int], object] | None = None) -> "BagClassifiers":
         """Trains for ``settings.epochs`` epochs and returns itself; ``on_epoch(epoch)`` is called after each."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._dropout_seed)
             self._fit_networks(on_epoch)
-        if self.settings.kernel_weight:
-            labels = torch.from_numpy(self.data.labels).float()
-            parts = [np.flatnonzero(part) for part in self.train]
-            for member, part in enumerate(parts):
-                instances, cu_seqlens = self._standardized_bags(member, part)
-                self._kernels.append(SetKernel(instances, cu_seqlens, labels[part]))
         return self
 
     def _fit_networks(self, on_epoch):
@@ -101,12 +90,6 @@ class BagClassifiers:
             probabilities = self._probabilities(self._forward(bag_indices)[0]).numpy()
             member, place = np.nonzero(bag_indices >= 0)
             result[member, bag_indices[member, place]] = probabilities[member, place]
-        for index, kernel in enumerate(self._kernels):
-            part = np.flatnonzero(which[index])
-            if not len(part):
-                continue
-            probabilities = kernel.probabilities(*self._standardized_bags(index, part)).numpy()
-            result[index, part] += self.settings.kernel_weight * (probabilities - result[index, part])
         return result
 
     def _shuffled(self):
@@ -132,11 +115,6 @@ class BagClassifiers:
         x = self._standardized(rows, self.mean, self.inverse_std)
         cu_seqlens = torch.from_numpy(cu_seqlens)
         return self.net(x, cu_seqlens), cu_seqlens
-
-    def _standardized_bags(self, member, bag_indices):
-        """Instances of some bags, standardized for one member, and their ``cu_seqlens``."""
-        rows, cu_seqlens = self.data.rows(bag_indices)
-        return self._standardized(rows, self.mean[member], self.inverse_std[member]), torch.from_numpy(cu_seqlens)
 
     def _standardized(self, rows, mean, inverse_std):
         x = (self._features[torch.from_numpy(rows)] - mean) * inverse_std
@@ -192,13 +170,6 @@ def pack_members(data: BagData, bag_indices: np.ndarray) -> tuple[np.ndarray, np
     column = np.repeat(cu_seqlens[:, :-1].ravel(), counts) + within
     rows[member, column] = np.repeat(data.offsets[:-1][bag_indices].ravel(), counts) + within
     return rows, cu_seqlens
-
-
-def _standardization(rows):
-    """Mean and 1/std of each feature, float32; the factor of a constant feature is 0."""
-    rows = rows.astype(np.float64)
-    mean, std = torch.from_numpy(rows.mean(0)), torch.from_numpy(rows.std(0))
-    return mean.float(), inverse_deviation(mean, std).float()
 
 
 def cosine_factor(done):
