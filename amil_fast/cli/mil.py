@@ -12,6 +12,7 @@ from rich.table import Table
 from amil_fast.cli import mil_bags
 from amil_fast.cli import mil_options as options
 from amil_fast.cli.common import fail, print_plain, print_written, progress_bar, write_result
+from amil_fast.cli.mil_benchmark import benchmark
 from amil_fast.cli.mil_heatmap import heatmap
 from amil_fast.cli.options import Json, Quiet
 from amil_fast.mil import study as mil_study
@@ -27,6 +28,7 @@ from amil_fast.utils.files import write_text
 app = typer.Typer(no_args_is_help=True, help="Multiple-instance learning: bag classifiers.")
 mil_bags.register(app)
 app.command()(heatmap)
+app.command()(benchmark)
 _DEFAULT = MilSettings()
 _TRAIN = TrainSettings()
 
