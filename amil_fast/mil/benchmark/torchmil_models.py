@@ -42,7 +42,7 @@ def _train_and_predict(model, data, train, rng):
     mean, inverse_std = data.standardization(train)
     x = soft_clip((torch.from_numpy(data.features) - mean) * inverse_std, _RECIPE.soft_clip)
     labels = torch.from_numpy(data.labels).float()
-    optimizer = torch.optim.Adam(model.parameters(), lr=_RECIPE.lr, weight_decay=_RECIPE.weight_decay)
+    optimizer = torch.optim.Adam(model.parameters(), lr=_RECIPE.lr, weight_decay=_RECIPE.weight_decay, fused=True)
     epochs = [_batches(data, np.flatnonzero(train), rng) for _ in range(_RECIPE.epochs)]
     batches = [batch for epoch in epochs for batch in epoch]
     model.train()
