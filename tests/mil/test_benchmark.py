@@ -114,7 +114,9 @@ def test_scales_are_chosen_on_inner_splits():
     train = data.folds[0]
     good = MilSettings(hidden=8, epochs=15, lr=1e-2, pooling="mean", backend="reference")
     bad = dataclasses.replace(good, lr=1e-9)
-    predicted = recipes.chosen_network([bad, good])(data, train, 4).probabilities
+    chosen = recipes.chosen_network([bad, good])(data, train, 4)
+    predicted = chosen.probabilities
+    assert (chosen.inner_loss < 0.65).all()
     expected = BagClassifiers(data, good, train, [(4, fold) for fold in range(3)]).fit().predict(~train)
     np.testing.assert_allclose(predicted, expected, atol=1e-5)
     flipped = dataclasses.replace(data, labels=np.where(train[0], data.labels, 1 - data.labels))
@@ -152,8 +154,26 @@ def test_blend_is_made_of_stored_parts(tmp_path):
     data = easy_bags(20)
     names = ("blend", "gaussian-process", "extra-trees")
     results = benchmark.run_benchmark({"easy": data}, [benchmark.METHODS[n] for n in names], tmp_path, repetitions=1)
-    blend, *parts = (results[name, "easy"][0].probabilities for name in names)
-    np.testing.assert_allclose(blend, benchmark.METHODS["blend"].run(*parts).probabilities, atol=1e-5)
+    blend, *parts = (results[name, "easy"][0] for name in names)
+    expected = benchmark.METHODS["blend"].run(*parts).probabilities
+    np.testing.assert_allclose(blend.probabilities, expected, atol=1e-5)
+
+
+def test_pooling_is_chosen_by_the_stored_loss_on_inner_splits(tmp_path, monkeypatch):
+    losses = {"adjust": [0.4, 0.2, 0.3], "mean": [0.1, 0.3, 0.4]}
+    for place, name in enumerate(benchmark.METHODS["network"].parts):
+        loss = np.array(losses.get(name, [1, 1, 1]))
+        run = lambda data, train, seed, p=place, loss=loss: Predictions(  # noqa: E731
+            np.where(train, np.nan, p / 10), inner_loss=loss
+        )
+        monkeypatch.setitem(benchmark.METHODS, name, BenchmarkMethod(name, name, run))
+    data = easy_bags()
+    results = benchmark.run_benchmark({"easy": data}, [benchmark.METHODS["network"]], tmp_path, repetitions=1)
+    network = results["network", "easy"][0]
+    parts = benchmark.METHODS["network"].parts
+    expected = [parts.index(name) / 10 for name in ("mean", "adjust", "adjust")]
+    assert np.nanmax(network.probabilities, 1).tolist() == expected
+    assert network.inner_loss.tolist() == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize(

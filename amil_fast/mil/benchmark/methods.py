@@ -17,10 +17,12 @@ class Predictions(NamedTuple):
         probabilities: float ``(folds, num_bags)``.
         peeking: likewise, for the methods that are also scored with the epoch and threshold of the highest accuracy on
             the test part: probabilities of that epoch, moved so that the threshold is .5.
+        inner_loss: float ``(folds,)``, log-loss on the inner split of each training part, for choices by it.
     """
 
     probabilities: np.ndarray
     peeking: np.ndarray | None = None
+    inner_loss: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class BenchmarkMethod:
         label: name in the table.
         run: ``run(data, train, seed)``; ``train`` is bool ``(folds, num_bags)``, True in the training parts. Nothing
             but ``run(...).peeking`` may depend on labels outside the training part of a fold. With ``parts``, it is
-            called with the probabilities of these methods instead.
+            called with the predictions of these methods instead.
         parts: names of methods of which this one is a function.
         package: optional dependency.
     """

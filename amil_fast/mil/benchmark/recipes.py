@@ -35,19 +35,24 @@ def chosen_network(settings: Sequence[MilSettings]) -> Callable[[BagData, np.nda
     """
 
     def run(data: BagData, train: np.ndarray, seed: int) -> Predictions:
-        chosen = np.zeros(len(train), dtype=int)
-        if len(settings) > 1:
-            inner = np.stack([_inner_training_part(data, part, seed + fold) for fold, part in enumerate(train)])
-            held_out = train & ~inner
-            losses = [_log_losses(_fitted(data, s, inner, seed, held_out), data.labels) for s in settings]
-            chosen = np.argmin(losses, 0)
+        inner = np.stack([_inner_training_part(data, part, seed + fold) for fold, part in enumerate(train)])
+        held_out = train & ~inner
+        losses = np.stack([_log_losses(_fitted(data, s, inner, seed, held_out), data.labels) for s in settings])
+        chosen = np.argmin(losses, 0)
         probabilities = np.full(train.shape, np.nan)
         for choice in np.unique(chosen):
             folds = np.flatnonzero(chosen == choice)
             probabilities[folds] = _fitted(data, settings[choice], train[folds], seed, ~train[folds], folds)
-        return Predictions(probabilities)
+        return Predictions(probabilities, inner_loss=losses.min(0))
 
     return run
+
+
+def best_of(*networks: Predictions) -> Predictions:
+    """Of several networks, for every fold that with the smallest log-loss on the inner split."""
+    losses = np.stack([network.inner_loss for network in networks])
+    probabilities = np.stack([network.probabilities for network in networks])
+    return Predictions(probabilities[np.argmin(losses, 0), np.arange(losses.shape[1])], inner_loss=losses.min(0))
 
 
 def _fitted(data, settings, train, seed, which, folds=None):

@@ -3,15 +3,16 @@
 from amil_fast.mil import bag_methods
 from amil_fast.mil.benchmark import rivals
 from amil_fast.mil.benchmark.methods import BenchmarkMethod, Predictions, per_fold
-from amil_fast.mil.benchmark.recipes import candidates, chosen_network
+from amil_fast.mil.benchmark.recipes import best_of, candidates, chosen_network
 from amil_fast.mil.benchmark.torchmil_models import torchmil_model
 from amil_fast.nn import POOLINGS
 
+_POOLINGS = tuple(pooling.replace("_", "-") for pooling in POOLINGS)
 _ALL = [
     BenchmarkMethod(
         "blend",
         "Gaussian process and extra trees, 2 : 1",
-        lambda process, trees: Predictions(bag_methods.blended(process, trees)),
+        lambda process, trees: Predictions(bag_methods.blended(process.probabilities, trees.probabilities)),
         parts=("gaussian-process", "extra-trees"),
     ),
     BenchmarkMethod("gaussian-process", "Gaussian process, 13 bag kernels", per_fold(bag_methods.gaussian_process)),
@@ -20,13 +21,12 @@ _ALL = [
     BenchmarkMethod(
         "logistic-regression", "logistic regression on bag means", per_fold(bag_methods.logistic_regression)
     ),
+    BenchmarkMethod("network", "MI-RNet, pooling chosen on inner splits", best_of, parts=_POOLINGS),
     *(
         BenchmarkMethod(
-            pooling.replace("_", "-"),
-            f"MI-RNet, {pooling.replace('_', ' ')} pooling",
-            chosen_network(candidates(pooling)),
+            name, f"MI-RNet, {name.replace('-', ' ')} pooling", chosen_network(candidates(name.replace("-", "_")))
         )
-        for pooling in POOLINGS
+        for name in _POOLINGS
     ),
     BenchmarkMethod("mi-net-ds", "MI-Net DS (Wang 2018)", rivals.mi_net_ds(peeking=True).run),
     BenchmarkMethod("mi-net-ds-clipped", "MI-Net DS, features clipped at ±3", rivals.mi_net_ds(clip=3.0).run),

@@ -91,7 +91,7 @@ def _result(folder, data, method, repetition, seed):
     if not path.exists():
         if method.parts:
             parts = [_result(folder, data, METHODS[name], repetition, seed) for name in method.parts]
-            predictions = method.run(*(part.probabilities for part in parts))
+            predictions = method.run(*parts)
         else:
             predictions = method.run(data, train, seed + 1000 * repetition)
         _write(path, predictions, train, {"method": method.name, "repetition": repetition, "fingerprint": fingerprint})
@@ -99,9 +99,12 @@ def _result(folder, data, method, repetition, seed):
 
 
 def _write(path, predictions, train, content):
-    for entry, values in predictions._asdict().items():
+    for entry in ("probabilities", "peeking"):
+        values = getattr(predictions, entry)
         if values is not None:
             content[entry] = [row[~part].round(6).tolist() for row, part in zip(values, train, strict=True)]
+    if predictions.inner_loss is not None:
+        content["inner_loss"] = predictions.inner_loss.round(6).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content, indent=None)
 
@@ -117,12 +120,15 @@ def _read(path, train, fingerprint):
     content = read_json(path, dict, _EXPECTED)
     if content.get("fingerprint") != fingerprint:
         raise DataError(f"{path}: expected a result with these bags, folds and seed; use another folder")
-    return Predictions(_matrix(path, content["probabilities"], train), _matrix(path, content.get("peeking"), train))
+    inner_loss = content.get("inner_loss")
+    return Predictions(
+        _matrix(path, content.get("probabilities"), train),
+        _matrix(path, content["peeking"], train) if "peeking" in content else None,
+        None if inner_loss is None else np.array(inner_loss, dtype=float),
+    )
 
 
 def _matrix(path, rows, train):
-    if rows is None:
-        return None
     result = np.full(train.shape, np.nan)
     try:
         for row, values, part in zip(result, rows, train, strict=True):
