@@ -1,7 +1,6 @@
 """Gaussian process on a weighted sum of kernels between bags."""
 
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import ndtr
@@ -57,7 +56,7 @@ class GaussianProcess:
 class _WeightedSum(Kernel):
     """Weighted sum of given Gram matrices ``(kernels, num_bags, num_bags)``; a point is the number of a bag."""
 
-    def __init__(self, grams: np.ndarray, weights: Sequence[float], weights_bounds: tuple = _WEIGHT_BOUNDS):
+    def __init__(self, grams: np.ndarray, weights: np.ndarray, weights_bounds: tuple = _WEIGHT_BOUNDS):
         self.grams, self.weights, self.weights_bounds = grams, weights, weights_bounds
 
     @property
@@ -71,11 +70,11 @@ class _WeightedSum(Kernel):
         total = np.tensordot(self.weights, grams, 1)
         if not eval_gradient:
             return total
-        return total, np.moveaxis(grams * np.asarray(self.weights)[:, None, None], 0, -1)  # by the logarithms
+        return total, np.moveaxis(grams * self.weights[:, None, None], 0, -1)  # by the logarithms
 
     def diag(self, X):
         rows = X[:, 0].astype(int)
-        return np.asarray(self.weights) @ self.grams[:, rows, rows]
+        return self.weights @ self.grams[:, rows, rows]
 
     def is_stationary(self):
         return False

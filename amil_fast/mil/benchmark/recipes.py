@@ -50,7 +50,7 @@ def chosen_network(settings: Sequence[MilSettings]) -> Callable[[BagData, np.nda
 
 def best_of(*networks: Predictions) -> Predictions:
     """Of several networks, for every fold that with the smallest log-loss on the inner split."""
-    losses = np.stack([network.inner_loss for network in networks])
+    losses = np.array([network.inner_loss for network in networks])
     probabilities = np.stack([network.probabilities for network in networks])
     return Predictions(probabilities[np.argmin(losses, 0), np.arange(losses.shape[1])], inner_loss=losses.min(0))
 

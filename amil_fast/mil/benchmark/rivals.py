@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ def _adam(network):
     return torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.9), weight_decay=5e-3, fused=True)
 
 
-def mi_net_ds(**changes: float) -> Rival:
+def mi_net_ds(**changes: Any) -> Rival:
     """MI-Net with deep supervision: learning rate 5e-4, divided by 1 + 1e-4 × the number of steps."""
     return Rival(
         rival_networks.MINetDS,
