@@ -55,6 +55,11 @@ def best_of(*networks: Predictions) -> Predictions:
     return Predictions(probabilities[np.argmin(losses, 0), np.arange(losses.shape[1])], inner_loss=losses.min(0))
 
 
+def average(*networks: Predictions) -> Predictions:
+    """Mean of the networks' probabilities."""
+    return Predictions(np.mean([network.probabilities for network in networks], 0))
+
+
 def _fitted(data, settings, train, seed, which, folds=None):
     """Probabilities of the bags ``which``, ``(folds, num_bags)``, of networks trained side by side."""
     seeds = [(seed, fold) for fold in (range(len(train)) if folds is None else folds)]

@@ -3,7 +3,7 @@
 from amil_fast.mil import bag_methods
 from amil_fast.mil.benchmark import rivals
 from amil_fast.mil.benchmark.methods import BenchmarkMethod, Predictions, per_fold
-from amil_fast.mil.benchmark.recipes import best_of, candidates, chosen_network
+from amil_fast.mil.benchmark.recipes import average, best_of, candidates, chosen_network
 from amil_fast.mil.benchmark.torchmil_models import torchmil_model
 from amil_fast.nn import POOLINGS
 
@@ -22,6 +22,7 @@ _ALL = [
         "logistic-regression", "logistic regression on bag means", per_fold(bag_methods.logistic_regression)
     ),
     BenchmarkMethod("network", "MI-RNet, pooling chosen on inner splits", best_of, parts=_POOLINGS),
+    BenchmarkMethod("network-mean", "MI-RNet, mean over the poolings", average, parts=_POOLINGS),
     *(
         BenchmarkMethod(
             name, f"MI-RNet, {name.replace('-', ' ')} pooling", chosen_network(candidates(name.replace("-", "_")))
