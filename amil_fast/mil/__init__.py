@@ -10,7 +10,6 @@ from amil_fast.mil.labels import LabeledBags, Targets, load_labeled_bags, make_t
 from amil_fast.mil.metrics import best_threshold, curves, evaluate_scores
 from amil_fast.mil.packing import PackedBags, PackedLoader, TorchmilDataset, pack_by_size, packed_collate
 from amil_fast.mil.prediction import BagPredictions, collapse_warning, effective_instances, predict_bags
-from amil_fast.mil.set_kernel import SetKernel
 from amil_fast.mil.settings import PAPER_SETTINGS, MilSettings, TrainSettings
 from amil_fast.mil.training import BagTraining
 
@@ -49,7 +48,6 @@ __all__ = [
     "MilSettings",
     "PAPER_SETTINGS",
     "BagClassifiers",
-    "SetKernel",
     "cross_validate",
     "cross_validate_bags",
     "area_under_roc",

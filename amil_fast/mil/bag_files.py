@@ -4,7 +4,9 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from amil_fast.nn import FeatureStatistics
 from amil_fast.utils.files import DataError, atomic_path
 from amil_fast.utils.numpy_files import read_npz
 
@@ -39,6 +41,20 @@ class BagData:
         cu_seqlens = np.concatenate([[0], np.cumsum(sizes)])
         shift = np.repeat(self.offsets[:-1][bag_indices] - cu_seqlens[:-1], sizes)
         return np.arange(cu_seqlens[-1]) + shift, cu_seqlens
+
+    def statistics(self, train: np.ndarray) -> FeatureStatistics:
+        """Statistics of the instances of a training part, bool ``(num_bags,)``."""
+        statistics = FeatureStatistics(self.features.shape[1])
+        statistics.update(torch.from_numpy(self.features[self.rows(np.flatnonzero(train))[0]]))
+        return statistics
+
+    def standardization(self, train: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and 1/std of each feature over the instances of a training part, bool ``(num_bags,)``.
+
+        float32 ``(D,)`` each; the factor of a constant feature is 0.
+        """
+        _, mean, inverse_std = self.statistics(train).normalization("standard")
+        return mean.float(), inverse_std.float()
 
 
 def load_bags(path: str | os.PathLike) -> BagData:

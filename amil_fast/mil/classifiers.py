@@ -11,18 +11,14 @@ import numpy as np
 import torch
 
 from amil_fast.mil.bag_files import BagData
-from amil_fast.mil.set_kernel import SetKernel
 from amil_fast.mil.settings import MilSettings
 from amil_fast.nn import StackedMIRNet, level_loss, margin_loss, noisy_or_loss
-from amil_fast.nn.feature_normalization import FeatureStatistics, soft_clip
+from amil_fast.nn.feature_normalization import soft_clip
 from amil_fast.ops import squash
 
 
 class BagClassifiers:
     """Classifiers trained side by side, each with features normalized by the statistics of its own training part.
-
-    A member is a network, or with ``settings.kernel_weight`` > 0 a network and a :class:`SetKernel`, fitted separately
-    on the same features, whose probabilities are averaged.
 
     Args:
         data: bags.
@@ -46,21 +42,14 @@ class BagClassifiers:
             self.net.reset_member(member, torch.Generator().manual_seed(int(generator.integers(2**62))))
         self._dropout_seed = int(np.random.SeedSequence(seeds[0], spawn_key=(1,)).generate_state(1)[0])
         self._features = torch.from_numpy(data.features)
-        members = [self._normalization(np.flatnonzero(part)) for part in self.train]
+        members = [self._normalization(part) for part in self.train]
         self.mean, self.inverse_std, self.bound = (torch.stack(s)[:, None] for s in zip(*members, strict=True))
-        self._kernels: list[SetKernel] = []
 
     def fit(self, on_epoch: Callable[[int], object] | None = None) -> "BagClassifiers":
         """Trains for ``settings.epochs`` epochs and returns itself; ``on_epoch(epoch)`` is called after each."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._dropout_seed)
             self._fit_networks(on_epoch)
-        if self.settings.kernel_weight:
-            labels = torch.from_numpy(self.data.labels).float()
-            parts = [np.flatnonzero(part) for part in self.train]
-            for member, part in enumerate(parts):
-                instances, cu_seqlens = self._normalized_bags(member, part)
-                self._kernels.append(SetKernel(instances, cu_seqlens, labels[part]))
         return self
 
     def _fit_networks(self, on_epoch):
@@ -101,12 +90,6 @@ class BagClassifiers:
             probabilities = self._probabilities(self._forward(bag_indices)[0]).numpy()
             member, place = np.nonzero(bag_indices >= 0)
             result[member, bag_indices[member, place]] = probabilities[member, place]
-        for index, kernel in enumerate(self._kernels):
-            part = np.flatnonzero(which[index])
-            if not len(part):
-                continue
-            probabilities = kernel.probabilities(*self._normalized_bags(index, part)).numpy()
-            result[index, part] += self.settings.kernel_weight * (probabilities - result[index, part])
         return result
 
     def _shuffled(self):
@@ -133,25 +116,16 @@ class BagClassifiers:
         cu_seqlens = torch.from_numpy(cu_seqlens)
         return self.net(x, cu_seqlens), cu_seqlens
 
-    def _normalized_bags(self, member, bag_indices):
-        """Instances of some bags, normalized for one member, and their ``cu_seqlens``."""
-        rows, cu_seqlens = self.data.rows(bag_indices)
-        x = self._normalized(rows, self.mean[member], self.inverse_std[member], self.bound[member])
-        return x, torch.from_numpy(cu_seqlens)
-
     def _normalized(self, rows, mean, inverse_std, bound):
         x = (self._features[torch.from_numpy(rows)] - mean) * inverse_std
         return soft_clip(x, bound) if self.settings.soft_clip else x
 
-    def _normalization(self, bag_indices):
+    def _normalization(self, part):
         """Mean, factor and bound of the smooth clipping for a training part, float32."""
-        num_features = self._features.shape[1]
         if self.settings.normalization == "none":
+            num_features = self._features.shape[1]
             return torch.zeros(num_features), torch.ones(num_features), torch.tensor([math.inf])
-        rows, _ = self.data.rows(bag_indices)
-        statistics = FeatureStatistics(num_features)
-        statistics.update(self._features[torch.from_numpy(rows)])
-        kind, mean, factor = statistics.normalization(self.settings.normalization)
+        kind, mean, factor = self.data.statistics(part).normalization(self.settings.normalization)
         clipped = kind == "standard" and self.settings.soft_clip
         return mean.float(), factor.float(), torch.tensor([self.settings.soft_clip if clipped else math.inf])
 

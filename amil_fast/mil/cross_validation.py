@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from amil_fast.mil.bag_files import BagData
+from amil_fast.mil.bag_methods import BAG_METHODS
 from amil_fast.mil.classifiers import BagClassifiers
 from amil_fast.mil.settings import MilSettings
 
@@ -21,14 +22,14 @@ def cross_validate(
 ) -> dict:
     """Repeated k-fold cross-validation on the folds of ``data``.
 
-    The model of each fold is trained for a fixed number of epochs on the training part, which also determines the
-    standardization, and applied once to the test part with threshold 0.5.
+    The model of each fold is fitted to the training part, which also determines the standardization, and applied once
+    to the test part with threshold 0.5. A network is trained for a fixed number of epochs.
 
     Args:
         data: bags and folds.
         settings: architecture and training.
         at_once: number of folds trained side by side.
-        on_progress: called with (epochs done, epochs in total) over all folds.
+        on_progress: called with (done, total): epochs over all folds, or folds for a method without epochs.
 
     Returns:
         A dict for JSON: ``accuracy_mean`` and ``accuracy_std`` (mean and sample standard deviation over repetitions of
@@ -39,24 +40,10 @@ def cross_validate(
     begin = time.perf_counter()
     repetitions, folds, num_bags = data.folds.shape
     parts = data.folds.reshape(-1, num_bags)
-    probabilities = np.zeros(parts.shape, dtype=np.float32)
-    # (network, fold): the folds of one network number are trained side by side.
-    tasks = [(network, fold) for network in range(settings.ensemble) for fold in range(len(parts))]
-    done, total = 0, len(tasks) * settings.epochs
-    for start in range(0, len(tasks), at_once):
-        some = tasks[start : start + at_once]
-        seeds = [(settings.seed, fold, network) for network, fold in some]
-        train = parts[[fold for _, fold in some]]
-        members = len(train)
-        models = BagClassifiers(data, settings, train, seeds)
-
-        def on_epoch(epoch, before=done, members=members):
-            if on_progress is not None:
-                on_progress(before + (epoch + 1) * members, total)
-
-        for (_, fold), probability in zip(some, models.fit(on_epoch).predict(~train), strict=True):
-            probabilities[fold] += probability / settings.ensemble
-        done += members * settings.epochs
+    if settings.method == "network":
+        probabilities = _network_probabilities(data, settings, parts, at_once, on_progress)
+    else:
+        probabilities = _method_probabilities(data, settings, parts, on_progress)
 
     per_fold = []
     for fold, (part, probability) in enumerate(zip(parts, probabilities, strict=True)):
@@ -89,6 +76,37 @@ def cross_validate(
             "folds": folds,
         },
     }
+
+
+def _network_probabilities(data, settings, parts, at_once, on_progress):
+    probabilities = np.zeros(parts.shape, dtype=np.float32)
+    # (network, fold): the folds of one network number are trained side by side.
+    tasks = [(network, fold) for network in range(settings.ensemble) for fold in range(len(parts))]
+    done, total = 0, len(tasks) * settings.epochs
+    for start in range(0, len(tasks), at_once):
+        some = tasks[start : start + at_once]
+        seeds = [(settings.seed, fold, network) for network, fold in some]
+        train = parts[[fold for _, fold in some]]
+        members = len(train)
+        models = BagClassifiers(data, settings, train, seeds)
+
+        def on_epoch(epoch, before=done, members=members):
+            if on_progress is not None:
+                on_progress(before + (epoch + 1) * members, total)
+
+        for (_, fold), probability in zip(some, models.fit(on_epoch).predict(~train), strict=True):
+            probabilities[fold] += probability / settings.ensemble
+        done += members * settings.epochs
+    return probabilities
+
+
+def _method_probabilities(data, settings, parts, on_progress):
+    probabilities = []
+    for fold, part in enumerate(parts):
+        probabilities.append(BAG_METHODS[settings.method](data, part, settings.seed + fold))
+        if on_progress is not None:
+            on_progress(fold + 1, len(parts))
+    return probabilities
 
 
 def area_under_roc(scores: np.ndarray | torch.Tensor, labels: np.ndarray | torch.Tensor) -> float | None:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from amil_fast.mil.bag_methods import BAG_METHODS
 from amil_fast.mil.labels import TASKS
 from amil_fast.nn import POOLINGS
 from amil_fast.nn.feature_normalization import NORMALIZATIONS
@@ -14,13 +15,14 @@ SCHEDULES = ("constant", "cosine")  # cosine: linear warm-up over a twentieth of
 # bce: cross-entropy of every level's score; margin: Eq. 6 on the lengths of the pooled vectors, which then are the
 # probabilities; bce+margin: their sum, with scores from the heads; mil: bag and instance loss (Eq. 10-17).
 LOSSES = ("bce", "margin", "bce+margin", "mil")
+METHODS = ("network", *BAG_METHODS)
 
 
 @dataclass(frozen=True)
 class MilSettings:
     """Architecture and training of a bag classifier, the same for every fold.
 
-    The defaults are the recipe of ``docs/mil_study.md``; :data:`PAPER_SETTINGS` are those of the paper.
+    The defaults are the recipe of ``docs/mil_benchmark.md``; :data:`PAPER_SETTINGS` are those of the paper.
 
     Attributes:
         pooling: name in :data:`amil_fast.nn.POOLINGS`.
@@ -38,9 +40,9 @@ class MilSettings:
             (:class:`~amil_fast.nn.FeatureNormalization`): one of :data:`NORMALIZATIONS`, or ``"none"``.
         soft_clip: bound c > 0 toward which standardized features are compressed
             (:func:`~amil_fast.nn.feature_normalization.soft_clip`); 0: off.
-        kernel_weight: weight of a set kernel's probability beside the network's, in [0, 1]. 0.75 is the most accurate
-            setting on the benchmark sets; it hides differences between poolings, and does not respect the
-            multiple-instance assumption.
+        method: ``"network"``, to which all other settings apply; or another name in :data:`METHODS`, to which only the
+            seed applies. These are more accurate on the benchmark sets, but do not respect the multiple-instance
+            assumption.
         loss: one of :data:`LOSSES`.
         epochs: passes over the training part; the last epoch's model is used.
         batch_size: bags per step.
@@ -68,7 +70,7 @@ class MilSettings:
     dropout: float = 0.0
     normalization: str = "auto"
     soft_clip: float = 3.0
-    kernel_weight: float = 0.0
+    method: str = "network"
     loss: str = "bce"
     epochs: int = 30
     batch_size: int = 8
@@ -82,6 +84,8 @@ class MilSettings:
     def __post_init__(self):
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.normalization not in ("none", *NORMALIZATIONS):
@@ -104,8 +108,6 @@ class MilSettings:
         for name in ("weight_decay", "instance_norm", "soft_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        if not 0 <= self.kernel_weight <= 1:
-            raise ValueError(f"kernel_weight: expected a number in [0, 1], got {self.kernel_weight}")
         for name in ("input_dropout", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -136,7 +138,6 @@ PAPER_SETTINGS = MilSettings(
     dropout=0,
     normalization="standard",
     soft_clip=0,
-    kernel_weight=0,
     loss="bce",
     epochs=40,
     schedule="constant",
@@ -149,7 +150,7 @@ class TrainSettings(MilSettings):
     """Architecture and training of a bag classifier on bags that are read from disk (:class:`BagTraining`).
 
     The attributes of :class:`MilSettings`, except that the loss is the cross-entropy (squared error for regression),
-    and that there are neither a set kernel nor ensembles. ``batch_size`` counts the bags of a step over all processes.
+    and that there are neither other methods nor ensembles. ``batch_size`` counts the bags of a step over all processes.
 
     Attributes:
         task: one of :data:`amil_fast.mil.labels.TASKS`.
@@ -182,7 +183,7 @@ class TrainSettings(MilSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        fixed = {"loss": "bce", "kernel_weight": 0.0, "ensemble": 1}
+        fixed = {"loss": "bce", "method": "network", "ensemble": 1}
         for name, value in fixed.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: expected {value!r} for bags read from disk, got {getattr(self, name)!r}")

@@ -53,6 +53,14 @@ def test_cv_paper_settings(bag_file, tmp_path):
     assert settings == dataclasses.asdict(dataclasses.replace(PAPER_SETTINGS, **changed))
 
 
+def test_cv_of_another_method(bag_file, tmp_path):
+    run = amil("mil", "cv", bag_file, "--method", "gaussian-process", "--json", tmp_path / "result.json")
+    assert run.exit_code == 0, run.output
+    assert "gaussian-process" in run.output and "pooling" not in run.output
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["method"] == "gaussian-process" and result["auc_mean"] > 0.95
+
+
 def test_cv_quiet(bag_file):
     run = amil("mil", "cv", bag_file, *FAST, "--quiet")
     assert run.exit_code == 0 and run.output == ""
@@ -62,6 +70,7 @@ def test_cv_quiet(bag_file):
     ("args", "message"),
     [
         (("--pooling", "median"), "pooling: expected one of adjust, mean"),
+        (("--method", "forest"), "method: expected one of network, gaussian-process"),
         (("--epochs", 0), "epochs: expected 1 to 2147483647, got 0"),
         (("--backend", "triton"), "backend 'triton' cannot serve this call"),
     ],

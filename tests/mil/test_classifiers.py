@@ -103,26 +103,6 @@ def test_ensemble_is_the_mean_of_its_networks():
     assert got["auc"] == pytest.approx(area_under_roc(mean, data.labels[~part[0]]))
 
 
-def test_set_kernel_is_averaged_with_the_network():
-    data = easy_bags()
-    part = data.folds[0, :2]
-    predicted = {
-        weight: BagClassifiers(data, plain(hidden=8, epochs=2, soft_clip=3, kernel_weight=weight), part, [(0,), (1,)])
-        .fit()
-        .predict(~part)
-        for weight in (0, 0.75, 1)
-    }
-    assert np.array_equal(np.isnan(predicted[0.75]), part)
-    assert np.allclose(predicted[0.75], 0.25 * predicted[0] + 0.75 * predicted[1], atol=1e-6, equal_nan=True)
-    assert not np.allclose(predicted[0], predicted[1], atol=1e-2, equal_nan=True)
-    settings = plain(hidden=8, epochs=1, soft_clip=3, kernel_weight=1)
-    again = BagClassifiers(data, settings, part, [(5,), (6,)]).fit().predict([np.zeros(30, dtype=bool), ~part[1]])
-    assert np.isnan(again[0]).all()
-    assert np.allclose(again[1], predicted[1][1], atol=1e-6, equal_nan=True), (
-        "the set kernel does not depend on the seed"
-    )
-
-
 def test_standardization_uses_the_training_part_only():
     data = easy_bags()
     train = data.folds[0, :2]
@@ -142,7 +122,7 @@ def test_model_is_independent_of_the_test_bags():
     features = data.features.copy()
     features[np.repeat(~train[0], data.sizes)] = 1e4
     other = check_bag_data(features, data.offsets, np.where(train[0], data.labels, 1 - data.labels), data.folds)
-    settings = plain(hidden=8, epochs=3, kernel_weight=0.5)
+    settings = plain(hidden=8, epochs=3)
     fitted = [BagClassifiers(d, settings, train, [(0, 0)]).fit() for d in (data, other)]
     for a, b in zip(fitted[0].net.parameters(), fitted[1].net.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -227,8 +207,8 @@ def test_settings_are_checked():
         MilSettings(lr=0)
     with pytest.raises(ValueError, match="instance_scale: expected a positive number, got 0"):
         MilSettings(instance_scale=0)
-    with pytest.raises(ValueError, match=r"kernel_weight: expected a number in \[0, 1\], got 1.5"):
-        MilSettings(kernel_weight=1.5)
+    with pytest.raises(ValueError, match=r"method: expected one of network, gaussian-process, .*, got 'forest'"):
+        MilSettings(method="forest")
     with pytest.raises(ValueError, match="weight_decay"):
         MilSettings(weight_decay=-1)
 

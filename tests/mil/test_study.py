@@ -20,11 +20,8 @@ def test_rows():
     assert all(c.settings.seed == 4 for c in rows)
     by_label = {c.label: c.settings for c in rows}
     assert by_label["recipe without soft clip"].soft_clip == 0 != by_label["recipe"].soft_clip
-    assert by_label["recipe"].kernel_weight == 0 < by_label["recipe with set kernel"].kernel_weight < 1
-    assert by_label["set kernel alone"].kernel_weight == 1
     assert by_label["paper's settings"].loss == PAPER_SETTINGS.loss
     assert by_label["paper's settings with soft clip"].soft_clip == by_label["recipe"].soft_clip
-    assert by_label["paper's settings with set kernel"].kernel_weight > 0
     assert by_label["recipe with margin loss"].loss == "bce+margin" != by_label["recipe"].loss
     with pytest.raises(ValueError, match="groups: expected some of pooling"):
         study.study_rows(("poolings",))

@@ -181,7 +181,7 @@ def test_losses_and_class_weights():
 def test_settings():
     for changes, message in [
         ({"loss": "mil"}, "loss: expected 'bce'"),
-        ({"kernel_weight": 0.5}, "kernel_weight: expected 0.0"),
+        ({"method": "blend"}, "method: expected 'network'"),
         ({"task": "ranking"}, "task: expected one of auto, classification"),
         ({"class_weights": "all"}, "class_weights: expected one of none, balanced, got 'all'"),
         ({"precision": "fp16"}, "precision: expected one of fp32, bf16"),
