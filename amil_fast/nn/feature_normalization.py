@@ -9,7 +9,7 @@ from amil_fast.ops.bags import accumulation_dtype
 
 NORMALIZATIONS = ("auto", "standard", "scale")
 SPARSE = 0.9  # fraction of zeros from which on non-negative features are called sparse
-_ROWS = 1024  # processed at once: intermediate results of 1024 features stay in the L2 cache, and bounded in memory
+_VALUES = 2**16  # processed at once: intermediate results stay in the L2 cache and are not returned to the system
 
 
 class FeatureStatistics:
@@ -22,32 +22,33 @@ class FeatureStatistics:
         count: number of instances.
         mean: float64 ``(D,)``.
         squares: sum of squared deviations from the mean, float64 ``(D,)``.
-        zeros: number of values that are 0.
-        negatives: number of negative values.
+        negative: True if a value is negative.
+        zeros: number of values that are 0, counted until one is negative.
     """
 
     def __init__(self, num_features: int):
         self.count = 0
         self.mean = torch.zeros(num_features, dtype=torch.float64)
         self.squares = torch.zeros(num_features, dtype=torch.float64)
-        self.zeros = self.negatives = 0
+        self.negative, self.zeros = False, 0
 
     def update(self, instances: torch.Tensor) -> None:
         """Adds instances ``(n, D)``."""
-        for rows in instances.split(_ROWS):
+        for rows in instances.split(_rows_at_once(len(self.mean))):
             if len(rows):
                 wide = rows.double()
                 mean = wide.mean(0)
                 self._merge(len(rows), mean, (wide - mean).square_().sum(0))
-                self.zeros += rows.numel() - int(rows.count_nonzero())
-                self.negatives += int((rows < 0).sum())
+                if not self.negative:
+                    self.negative = bool((rows < 0).any())
+                    self.zeros += rows.numel() - int(rows.count_nonzero())
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Adds the instances of other statistics."""
         if other.count:
             self._merge(other.count, other.mean, other.squares)
             self.zeros += other.zeros
-            self.negatives += other.negatives
+            self.negative |= other.negative
 
     def _merge(self, count, mean, squares):
         total = self.count + count
@@ -67,7 +68,7 @@ class FeatureStatistics:
     @property
     def sparse(self) -> bool:
         """True if no value is negative and at least :data:`SPARSE` of them are 0, as for word counts or tf-idf."""
-        return not self.negatives and self.zeros >= SPARSE * self.count * len(self.mean)
+        return not self.negative and self.zeros >= SPARSE * self.count * len(self.mean)
 
     def normalization(self, kind: str) -> tuple[str, torch.Tensor, torch.Tensor]:
         """Returns the kind (``"auto"`` replaced by the chosen one), the mean to subtract and the factor to apply.
@@ -134,10 +135,11 @@ class FeatureNormalization(nn.Module):
         if torch.compiler.is_compiling() or (instances.requires_grad and torch.is_grad_enabled()):
             return self._normalized(instances)
         rows = instances.reshape(-1, instances.shape[-1])
-        if len(rows) <= _ROWS:
+        at_once = _rows_at_once(rows.shape[1])
+        if len(rows) <= at_once:
             return self._normalized(instances)
         result = torch.empty(rows.shape, dtype=self._dtype(instances), device=rows.device)
-        for part, out in zip(rows.split(_ROWS), result.split(_ROWS), strict=True):
+        for part, out in zip(rows.split(at_once), result.split(at_once), strict=True):
             out.copy_(self._normalized(part))
         return result.view(instances.shape)
 
@@ -150,6 +152,10 @@ class FeatureNormalization(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_features={len(self.mean)}, kind={self.kind!r}, soft_clip={self.soft_clip}"
+
+
+def _rows_at_once(num_features):
+    return max(_VALUES // max(num_features, 1), 1)
 
 
 def soft_clip(x: torch.Tensor, bound: float | torch.Tensor) -> torch.Tensor:
