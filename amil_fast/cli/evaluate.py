@@ -73,7 +73,7 @@ def evaluate(
     from amil_fast.pose.evaluation.evaluate import predict_people
     from amil_fast.pose.evaluation.ground_truth import GroundTruth, read_predictions
     from amil_fast.pose.evaluation.scoring import score
-    from amil_fast.pose.inference.two_stage import coarse_margins
+    from amil_fast.pose.inference.two_stage import num_crops
 
     console = Console(quiet=quiet)
     if predictions is not None and (checkpoint is not None or model is not None):
@@ -100,7 +100,7 @@ def evaluate(
         predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device)
         began = time.perf_counter()
         with progress_bar(console, quiet) as progress:
-            task = progress.add_task("crops", total=(len(coarse_margins(passes)) + passes - 1) * len(people))
+            task = progress.add_task("crops", total=num_crops(passes) * len(people))
             found = predict_people(
                 predictor,
                 people,

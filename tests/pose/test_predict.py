@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from amil_fast.pose.codec import crop_matrix
+from amil_fast.pose.codec import crop_matrix, joints_box
 from amil_fast.pose.data import Boxes, DataError, VideoFrames, load_lsp
 from amil_fast.pose.data.augment import warp_crop
 from amil_fast.pose.evaluation.evaluate import predict_people
 from amil_fast.pose.inference.frames import Frame
 from amil_fast.pose.inference.predict import predict
 from amil_fast.pose.inference.predictor import Predictor, load_model
+from amil_fast.pose.inference.two_stage import COARSE_MARGINS, num_crops, search
 from amil_fast.pose.skeletons import LSP14
 from tests.pose import color_finder
 from tests.pose import layouts as make
@@ -282,10 +283,36 @@ def test_missing_inputs(tmp_path):
         predict(predictor, [tmp_path / "empty"], tmp_path / "out", boxes=tmp_path / "boxes.json")
 
 
-@pytest.mark.parametrize(("score", "num_passes"), [(0.9, 4), (0.1, 3)])
-def test_two_stage_prediction(tmp_path, score, num_passes):
-    """The first pass predicts at several scales and keeps the one with the highest score. The next crop encloses its
-    joints, with a margin; it is skipped if too few are found."""
+def test_search_for_people():
+    """Every scale is refined; the better half is refined again. Candidates with too few joints are not."""
+    calls = []
+    mean_scores = np.array([[0.3, 0.5], [0.5, 0.4], [0.6, 0.1], [0.7, 0.3]])  # of every scale and person
+
+    def look(people, boxes, part):
+        number = len(calls)
+        calls.append((people.tolist(), boxes, part))
+        coords = np.tile(np.linspace(0, 20, 14)[:, None] + [30.0, 40.0], (len(people), 1, 1)) + number
+        if number < 4:
+            return coords, np.tile(mean_scores[number][:, None], (1, 14))
+        order = np.arange(len(people), dtype=float)[:, None]
+        return coords, np.tile(0.2 + order / 10, (1, 14)) if number == 4 else np.tile(0.9 - order / 10, (1, 14))
+
+    coords, scores = search(look, 2, 3)
+    assert [part for _, _, part in calls] == [*COARSE_MARGINS, 1, 1]
+    # Person 1 has no candidate at the third scale. Scores of the second pass: .2, .4, .6, .7 and .3, .5, (.1), .8.
+    assert [people for people, _, _ in calls[4:]] == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 0, 1]]
+    x, y, w, h = joints_box(np.linspace(0, 20, 14)[:, None] + [31.0, 41.0], np.ones(14, bool), least=8)
+    np.testing.assert_allclose(calls[4][1][2], (x - w / 8, y - h / 8, 1.25 * w, 1.25 * h))  # of the second scale
+    assert (coords == np.linspace(0, 20, 14)[:, None] + [35.0, 45.0]).all()
+    np.testing.assert_allclose(scores, [[0.9] * 14, [0.8] * 14])
+    assert num_crops(1) == 1 and num_crops(2) == 8 and num_crops(3) == 10 and num_crops(4) == 11
+    calls.clear()
+    search(look, 2, 1)
+    assert [part for _, _, part in calls] == [1]
+
+
+@pytest.mark.parametrize(("score", "count"), [(0.9, 8), (0.1, 4)])
+def test_two_stage_prediction(tmp_path, score, count):
     matrices = []
     joints = np.full((14, 2), 40.0)
     joints[3], joints[5] = (30, 20), (50, 60)  # 20 x 40 pixels, edges at 29.5 and 19.5
@@ -294,25 +321,39 @@ def test_two_stage_prediction(tmp_path, score, num_passes):
         size, skeleton = 64, LSP14
 
         def __call__(self, images, to_image):
-            matrices.append(to_image.numpy())
-            second = len(matrices) == 2
-            return torch.tensor(joints if second else joints + 9)[None].float(), torch.full(
-                (1, 14), score + 0.05 * second
-            )
+            first = len(matrices)
+            matrices.extend(to_image.numpy())
+            confidence = score + 0.05 * torch.tensor([number == 5 for number in range(first, len(matrices))])
+            shift = 9.0 * torch.arange(first, len(matrices)).ge(4)
+            return torch.tensor(joints).float() + shift[:, None, None], confidence[:, None].expand(-1, 14)
 
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((100, 80, 3), np.uint8))
     predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2)
-    assert len(matrices) == num_passes
-    for matrix, margin in zip(matrices, (1, 0.8, 2 / 3), strict=False):
-        np.testing.assert_allclose(matrix[0], crop_matrix((0, 0, 80, 100), 64, margin=margin), rtol=1e-6)
-    if num_passes == 4:
-        np.testing.assert_allclose(matrices[3][0], crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
+    assert len(matrices) == count
+    for matrix, margin in zip(matrices, COARSE_MARGINS, strict=False):
+        np.testing.assert_allclose(matrix, crop_matrix((0, 0, 80, 100), 64, margin=margin), rtol=1e-6)
+    for matrix in matrices[4:]:
+        np.testing.assert_allclose(matrix, crop_matrix((25.5, 15.5, 30, 50), 64), atol=1e-5)
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert rows[0]["bbox"] == [0, 0, 80, 100]
-    expected = joints + 9 if num_passes == 4 else joints
+    expected = joints + 9 if count == 8 else joints
     np.testing.assert_allclose(np.reshape(rows[0]["keypoints"], (14, 3))[:, :2], expected)
     with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
         predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=0)
+
+
+def test_two_stage_prediction_of_several_images(tmp_path):
+    """A batch of images gives the joints of the images one by one."""
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        write(tmp_path / "in" / f"{name}.png", paint(ground(90, 70), person(rng, 90, 70), 3))
+    predictor = Predictor(ColorFinder())
+    predict(predictor, [tmp_path / "in"], tmp_path / "all", passes=3, overlays=False)
+    rows = json.loads((tmp_path / "all" / "predictions.json").read_text())
+    for row, name in zip(rows, "abc", strict=True):
+        predict(predictor, [tmp_path / "in" / f"{name}.png"], tmp_path / name, passes=3, overlays=False)
+        (alone,) = json.loads((tmp_path / name / "predictions.json").read_text())
+        np.testing.assert_allclose(row["keypoints"], alone["keypoints"], atol=0.01)
 
 
 def test_data_set_and_image_give_the_same_joints(tmp_path):
@@ -344,9 +385,10 @@ def test_network_seconds_exclude_cropping(tmp_path, monkeypatch):
 
         def __call__(self, images, to_image):
             clock[0] += 1
-            return torch.tensor(person(np.random.default_rng(0), 80, 100))[None].float(), torch.ones(1, 14)
+            joints = torch.tensor(person(np.random.default_rng(0), 80, 100)).float()
+            return joints.expand(len(images), -1, -1), torch.ones(len(images), 14)
 
     write(tmp_path / "a.png", ground(80, 100))
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(Frame, "crop", slow_crop)
-    assert predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2).network_seconds == 4
+    assert predict(Fixed(), [tmp_path / "a.png"], tmp_path / "out", passes=2).network_seconds == 5

@@ -10,7 +10,7 @@ from amil_fast.pose.data.annotations import Annotations
 from amil_fast.pose.data.dataset import PoseDataset
 from amil_fast.pose.data.loader import PoseLoader
 from amil_fast.pose.inference.predictor import Predictor
-from amil_fast.pose.inference.two_stage import best_scale, boxes_of, coarse_margins
+from amil_fast.pose.inference.two_stage import search
 
 # Entries of a sample that GroundTruth.of_samples needs, and its index.
 TRUTH_FIELDS = ("index", "image_joints", "visibility", "head_size")
@@ -60,8 +60,8 @@ def predict_people(
         predictor: crops to joints in image pixels.
         people: the data set.
         batch_size: crops per call of the network.
-        passes: 2 or more for two-stage prediction: the first pass predicts at several scales, each further one on a
-            crop around the joints of the one before. Only for people without bounding boxes.
+        passes: 2 or more for two-stage prediction (:func:`~amil_fast.pose.inference.two_stage.search`), for people
+            without bounding boxes.
         on_progress: called with the number of crops of every batch.
 
     Returns:
@@ -77,21 +77,17 @@ def predict_people(
     if passes > 1 and not np.isnan(people.boxes).all():
         raise ValueError("passes: expected 1 for people with boxes; more are for whole images (--crop image)")
 
-    def run(people, margin):
+    def look(which, boxes, part):
+        crops = people.subset(which)
+        if boxes is not None:
+            crops = dataclasses.replace(crops, boxes=boxes)
         found = predict_batches(
             predictor,
-            PoseLoader(PoseDataset(people, predictor.size, margin=margin), batch_size, shuffle=False),
+            PoseLoader(PoseDataset(crops, predictor.size, margin=people.margin * part), batch_size, shuffle=False),
             fields=(),
             on_batch=lambda batch, _: on_progress(len(batch["index"])) if on_progress is not None else None,
         )
         assert found is not None  # on_batch never returns False
         return found["coords"], found["scores"]
 
-    at_scales = [run(people, people.margin * part) for part in coarse_margins(passes)]
-    coords, scores = best_scale(*map(np.stack, zip(*at_scales, strict=True)))
-    for _ in range(passes - 1):
-        boxes = boxes_of(coords, scores)
-        more = run(dataclasses.replace(people, boxes=boxes), people.margin)
-        found = np.isfinite(boxes).all(1)  # the others keep the joints of the pass before
-        coords[found], scores[found] = (values[found] for values in more)
-    return coords
+    return search(look, len(people), passes)[0]

@@ -16,7 +16,7 @@ from amil_fast.pose.data.inputs import find_inputs, is_video
 from amil_fast.pose.data.video import VideoFrames
 from amil_fast.pose.inference.frames import Frame, FrameReader
 from amil_fast.pose.inference.predictor import Predictor
-from amil_fast.pose.inference.two_stage import best_scale, boxes_of, coarse_margins
+from amil_fast.pose.inference.two_stage import search
 from amil_fast.pose.inference.writers import RESULTS, OverlayWriter, distinct_names, overlay_path, result_rows
 from amil_fast.utils.files import DataError, write_json
 
@@ -79,8 +79,8 @@ def predict(
         overlays: write images and videos with the poses drawn over them.
         min_score: joints with lower scores are not drawn; the results contain them.
         margin: side of the crop in units of the box's longer side; by default 1.25, and 1 for whole images.
-        passes: 2 or more for two-stage prediction on whole images: the first pass predicts at several scales, each
-            further one on a crop around the joints of the one before. Has no effect with ``boxes``.
+        passes: 2 or more for two-stage prediction on whole images
+            (:func:`~amil_fast.pose.inference.two_stage.search`). Has no effect with ``boxes``.
         on_progress: called with (images done, total number, or None if a video does not state its length).
         on_problem: called with a message for every unreadable input and every overlay that could not be written; the
             others are processed.
@@ -111,28 +111,12 @@ def predict(
     waiting: deque[Frame] = deque()
     num_crops = 0
 
-    def run_network(frames):
-        start = time.perf_counter()
-        _predict_frames(predictor, frames, batch_size)
-        summary.network_seconds += time.perf_counter() - start
-
     def flush():
         """Predicts and writes the waiting frames, in order."""
         frames = [frame for frame in waiting if frame.crops is not None and len(frame.crops)]
-        run_network(frames)
-        if boxes is None and passes > 1:
-            found = [[(frame.coords, frame.scores)] for frame in frames]
-            for part in coarse_margins(passes)[1:]:
-                for frame in frames:
-                    frame.crop(frame.boxes, predictor.size, margin * part)
-                run_network(frames)
-                for frame, at_scales in zip(frames, found, strict=True):
-                    at_scales.append((frame.coords, frame.scores))
-            for frame, at_scales in zip(frames, found, strict=True):
-                frame.coords, frame.scores = best_scale(*map(np.stack, zip(*at_scales, strict=True)))
-        for _ in range(passes - 1 if boxes is None else 0):
-            frames = [frame for frame in frames if _crop_to_joints(frame, predictor.size)]
-            run_network(frames)
+        summary.network_seconds += _predict_frames(predictor, frames, batch_size)
+        if frames and boxes is None and passes > 1:
+            summary.network_seconds += _search_frames(predictor, frames, batch_size, margin, passes)
         while waiting:
             frame = waiting.popleft()
             problems = [frame.error] if frame.error else []
@@ -173,27 +157,45 @@ def predict(
 
 
 def _predict_frames(predictor, frames, batch_size):
-    """Sets ``coords`` and ``scores`` of all frames."""
+    """Sets ``coords`` and ``scores`` of all frames; returns the time that this took."""
     if not frames:
-        return
+        return 0.0
     images = torch.from_numpy(np.concatenate([frame.crops for frame in frames]))
     matrices = torch.from_numpy(np.concatenate([frame.matrices for frame in frames]))
+    begin = time.perf_counter()
     results = [predictor(images[part], matrices[part]) for part in torch.arange(len(images)).split(batch_size)]
+    seconds = time.perf_counter() - begin
     coords, scores = (np.concatenate([result.numpy() for result in column]) for column in zip(*results, strict=True))
-    begin = 0
+    first = 0
     for frame in frames:
-        end = begin + len(frame.crops)
-        frame.coords, frame.scores = coords[begin:end], scores[begin:end]
-        begin = end
+        last = first + len(frame.crops)
+        frame.coords, frame.scores = coords[first:last], scores[first:last]
+        first = last
+    return seconds
 
 
-def _crop_to_joints(frame, size):
-    """Crops a whole image around its predicted joints; False where too few have a sufficient score."""
-    boxes = boxes_of(frame.coords, frame.scores)
-    if not np.isfinite(boxes).all():
-        return False
-    frame.crop(boxes, size)
-    return True
+def _search_frames(predictor, frames, batch_size, margin, passes):
+    """Two-stage prediction for frames whose whole images are already predicted; returns the time of the network."""
+    seconds = 0.0
+
+    def look(which, boxes, part):
+        nonlocal seconds
+        chosen = {number: np.flatnonzero(which == number) for number in np.unique(which)}  # frame -> its crops
+        for number, rows in chosen.items():
+            if boxes is not None:
+                frames[number].crop(boxes[rows], predictor.size)
+            elif part != 1:
+                frames[number].crop(frames[number].boxes, predictor.size, margin * part)
+        if boxes is not None or part != 1:
+            seconds += _predict_frames(predictor, [frames[number] for number in chosen], batch_size)
+        order = np.argsort(np.concatenate(list(chosen.values())))
+        coords, scores = zip(*((frames[number].coords, frames[number].scores) for number in chosen), strict=True)
+        return np.concatenate(coords)[order], np.concatenate(scores)[order]
+
+    coords, scores = search(look, len(frames), passes)
+    for frame, joints, confidence in zip(frames, coords, scores, strict=True):
+        frame.coords, frame.scores = joints[None], confidence[None]
+    return seconds
 
 
 def _output_names(inputs, out, overlays):
