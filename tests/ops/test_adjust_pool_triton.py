@@ -98,6 +98,9 @@ def strided(f, how):
         other = f.new_zeros(*f.shape[:-1], 24)[..., : f.shape[-1]]
     elif how == "features not contiguous":
         other = f.new_zeros(*f.shape[:-1], 2 * f.shape[-1])[..., ::2]
+    elif how == "odd bag stride":
+        rows = f.new_zeros(f.shape[0], 24 * f.shape[1] + 1)[:, :-1]
+        other = rows.unflatten(1, (f.shape[1], 24))[..., : f.shape[2]]
     elif how == "rows before bags":
         other = f.new_zeros(f.shape[1], f.shape[0], f.shape[2]).transpose(0, 1)
     elif how == "start not aligned":
@@ -111,6 +114,8 @@ def strided(f, how):
     ("form", "name", "how"),
     [
         ("mask", "one bag", "row stride 24"),
+        ("full", "one bag", "odd bag stride"),
+        ("full", "split", "odd bag stride"),
         ("lengths", "split", "features not contiguous"),
         ("full", "stream", "rows before bags"),
         ("full", "tiny bags", "start not aligned"),

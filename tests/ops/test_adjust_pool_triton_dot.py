@@ -56,6 +56,31 @@ def test_dot_matches_reference(form, name, T, detach, dtype):
     assert torch.all(grad[masked] == 0)
 
 
+@pytest.mark.parametrize("form", ["full", "mask", "lengths", "row stride 96"])
+def test_dot_of_bags_that_fill_their_tile(form):
+    """32 instances of 64 features: loads without a mask if no bag has padding; a length is exactly half the tile."""
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(3, 32, 64, generator=generator)
+    where = dict.fromkeys(("mask", "lengths", "cu_seqlens"))
+    real = torch.ones(3, 32, dtype=torch.bool)
+    if form == "mask":
+        where["mask"] = real = torch.rand(3, 32, generator=generator) < 0.6
+    elif form == "lengths":
+        where["lengths"] = torch.tensor([32, 0, 16])
+        real = torch.arange(32) < where["lengths"][:, None]
+    f = f.masked_fill(~real[..., None], torch.nan).half().to(DEVICE)
+    where = {name: None if value is None else value.to(DEVICE) for name, value in where.items()}
+    if form == "row stride 96":
+        f = f.new_zeros(3, 32, 96)[..., :64].copy_(f)
+    g, v = upstream(f, where)
+    actual = run(f, where, 3, False, g, v, TritonPlan(OnChipConfig(1, 32, 64, 2, dot=True), None))
+    plain, truth = (reference(f, where, 3, False, g, v, dtype) for dtype in (torch.float16, torch.float64))
+    for what, a, b, c in zip(("bag", "weights", "gradient"), actual, plain, truth, strict=True):
+        assert_as_accurate(a, b, c, what=what)
+    assert not actual[1][~real].any()
+    assert not actual[2][~real].any()
+
+
 @pytest.mark.parametrize("name", ["one bag", "stream"])
 @pytest.mark.parametrize(
     ("norm", "T", "dtype"),
