@@ -252,6 +252,12 @@ def test_table_of_two_data_sets_with_peeking(tmp_path):
     assert row["accuracy"]["mean"][1] == pytest.approx(np.hypot(*errors) / 2)
     text = benchmark.to_markdown(summary)
     assert "| P | peeking | 1.000 ± .000 | 1.000 ± .000 | 1.000 ± .000 |" in text
+    del results["p", "y"]
+    partial = benchmark.summarize(results, files, methods, reference="one")
+    assert [r["name"] for r in partial["methods"]] == ["one", "p"] and "mean" not in partial["methods"][1]["accuracy"]
+    assert "| P | 2 | .500 ± .093 / .500 |  |  |  |" in benchmark.to_markdown(partial)
+    benchmark.draw(tmp_path / "x.png", partial)
+    assert (tmp_path / "x.png").stat().st_size > 5_000
     benchmark.draw(tmp_path / "x.png", summary)
     assert (tmp_path / "x.png").stat().st_size > 5_000
 

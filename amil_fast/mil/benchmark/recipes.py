@@ -9,7 +9,7 @@ from amil_fast.mil.benchmark.methods import Predictions
 from amil_fast.mil.classifiers import BagClassifiers
 from amil_fast.mil.settings import MilSettings
 
-SCALES = (0.1, 0.5, 2.0)
+SCALES = (0.1, 1.0)
 _INNER_PARTS = 3
 _INNER_SEED = 17  # apart from the seeds of the networks
 

@@ -79,10 +79,15 @@ class _Training:
         return Predictions(self._predict(), None if best is None else best[1])
 
     def _order(self):
-        """Bags of an epoch, ``(members, steps)``. Members with fewer bags than others repeat some."""
+        """Bags of an epoch, ``(members, steps)``. Members with fewer bags than others repeat some.
+
+        The order of every member is random, but in each step all have bags of similar size, which saves padding.
+        """
+        steps = int(self.train.sum(1).max())
+        places = self.rng.permutation(steps)
         orders = [self.rng.permutation(np.flatnonzero(part)) for part in self.train]
-        steps = max(len(order) for order in orders)
-        return np.stack([np.resize(order, steps) for order in orders])
+        by_size = [order[np.argsort(self.data.sizes[order], kind="stable")] for order in orders]
+        return np.stack([np.resize(order, steps)[places] for order in by_size])
 
     def _loss(self, bags):
         """Loss of one bag per member, summed over the members, so that each member's gradient is its own."""

@@ -17,7 +17,7 @@ from amil_fast.utils.optional import require
 def summarize(
     results: Results, files: Mapping[str, BagData], methods: Sequence[BenchmarkMethod], reference: str
 ) -> dict[str, Any]:
-    """Accuracies of the methods with results on every data set, for JSON.
+    """Accuracies of the methods with results, for JSON.
 
     The accuracy of a method on a bag is the fraction of the repetitions in which its class is right at threshold .5.
     Standard errors are those of the mean over bags; for the mean over data sets these are combined as independent.
@@ -33,33 +33,40 @@ def summarize(
         ``{"reference": name, "data": [name], "methods": [row]}``, the rows in the order of the mean accuracy. A row has
         ``name``, ``label``, ``repetitions`` (name of the data set -> number), ``accuracy``, ``difference`` and, if
         known, ``peeking`` and ``peeking_gain`` (name of the data set or ``"mean"`` -> ``[value, standard error]``) and
-        ``auc`` (name or ``"mean"`` -> mean over the folds with both classes, or None).
+        ``auc`` (name or ``"mean"`` -> mean over the folds with both classes, or None). ``"mean"`` is present, and rows
+        have a place in the order, only if there are results on all data sets; the other rows come last.
     """
-    complete = [method for method in methods if all((method.name, name) in results for name in files)]
-    rows = [_row(method, results, files, reference) for method in complete]
-    rows.sort(key=lambda row: -row["accuracy"]["mean"][0])
+    rows = []
+    for method in methods:
+        of_method = {name: results[method.name, name] for name in files if (method.name, name) in results}
+        of_reference = {name: results[reference, name] for name in of_method if (reference, name) in results}
+        if of_method:
+            rows.append(_row(method, of_method, {} if method.name == reference else of_reference, files))
+    rows.sort(key=lambda row: -row["accuracy"].get("mean", [0.0])[0])
     return {"reference": reference, "data": list(files), "methods": rows}
 
 
-def _row(method, results, files, reference):
-    of_method = {name: results[method.name, name] for name in files}
-    accuracies = {name: _bag_accuracies(of_method[name], data) for name, data in files.items()}
+def _row(method, results, of_reference, files):
+    """Row of one method from its results and those of the reference (data set -> repetition -> predictions)."""
+    accuracies = {name: _bag_accuracies(results[name], files[name]) for name in results}
+    aucs = {name: _auc(results[name], files[name]) for name in results}
     row = {
         "name": method.name,
         "label": method.label,
-        "repetitions": {name: len(of_method[name]) for name in files},
-        "accuracy": _with_mean({name: _mean_and_error(values) for name, values in accuracies.items()}),
-        "auc": {name: _auc(of_method[name], data) for name, data in files.items()},
+        "repetitions": {name: len(predictions) for name, predictions in results.items()},
+        "accuracy": _with_mean({name: _mean_and_error(values) for name, values in accuracies.items()}, files),
+        "auc": aucs,
     }
-    aucs = list(row["auc"].values())
-    row["auc"]["mean"] = None if None in aucs else float(np.mean(aucs))
-    if method.name != reference and all((reference, name) in results for name in files):
-        differences = {n: _difference(of_method[n], results[reference, n], data) for n, data in files.items()}
-        row["difference"] = _with_mean(differences)
-    if all(p.peeking is not None for predictions in of_method.values() for p in predictions.values()):
-        peeking = {name: _bag_accuracies(of_method[name], data, "peeking") for name, data in files.items()}
-        row["peeking"] = _with_mean({name: _mean_and_error(values) for name, values in peeking.items()})
-        row["peeking_gain"] = _with_mean({n: _mean_and_error(peeking[n] - accuracies[n]) for n in files})
+    if len(aucs) == len(files):
+        row["auc"] = {**aucs, "mean": None if None in aucs.values() else float(np.mean(list(aucs.values())))}
+    if of_reference:
+        differences = {name: _difference(results[name], of_reference[name], files[name]) for name in of_reference}
+        row["difference"] = _with_mean(differences, files)
+    if all(p.peeking is not None for predictions in results.values() for p in predictions.values()):
+        peeking = {name: _bag_accuracies(results[name], files[name], "peeking") for name in results}
+        gains = {name: _mean_and_error(peeking[name] - accuracies[name]) for name in results}
+        row["peeking"] = _with_mean({name: _mean_and_error(values) for name, values in peeking.items()}, files)
+        row["peeking_gain"] = _with_mean(gains, files)
     return row
 
 
@@ -83,7 +90,9 @@ def _mean_and_error(values):
     return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0]
 
 
-def _with_mean(by_name):
+def _with_mean(by_name, files):
+    if len(by_name) < len(files):
+        return by_name
     pairs = np.array(list(by_name.values()))
     mean = [float(pairs[:, 0].mean()), float((pairs[:, 1] ** 2).sum() ** 0.5 / len(pairs))]
     return {**by_name, "mean": mean}
@@ -105,9 +114,11 @@ def to_markdown(summary: dict[str, Any]) -> str:
     for row in summary["methods"]:
         counts = sorted(set(row["repetitions"].values()))
         cells = [row["label"], " to ".join(str(count) for count in counts[:: max(1, len(counts) - 1)])]
-        cells += [f"{_value(row['accuracy'][name])} / {_three(row['auc'][name])}" for name in names]
+        for name in names:
+            known = name in row["accuracy"]
+            cells.append(f"{_value(row['accuracy'][name])} / {_three(row['auc'][name])}" if known else "")
         if reference is not None:
-            cells.append(_value(row["difference"]["mean"], sign=True) if "difference" in row else "")
+            cells.append(_value(row.get("difference", {}).get("mean"), sign=True))
         lines.append(_line(cells))
     peeking = [row for row in summary["methods"] if "peeking" in row]
     if peeking:
@@ -115,7 +126,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         lines += ["", _line(head), _line(["---"] * len(head))]
     for row in peeking:
         for scoring, entry in (("honest", "accuracy"), ("peeking", "peeking"), ("difference", "peeking_gain")):
-            values = [_value(row[entry][name], sign=entry == "peeking_gain") for name in names]
+            values = [_value(row[entry].get(name), sign=entry == "peeking_gain") for name in names]
             lines.append(_line([row["label"], scoring, *values]))
     return "\n".join(lines) + "\n"
 
@@ -125,6 +136,8 @@ def _line(cells):
 
 
 def _value(pair, sign=False):
+    if pair is None:
+        return ""
     return f"{_three(pair[0], sign)} ± {_three(pair[1])}"
 
 
@@ -144,9 +157,9 @@ def draw(path: str | os.PathLike, summary: dict[str, Any]) -> None:
     figure = figure_module.Figure(figsize=(3.5 + 2.2 * len(names), 1.2 + 0.26 * len(rows)), layout="constrained")
     y = np.arange(len(rows))
     for panel, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
-        values = np.array([row["accuracy"][name] for row in rows]).reshape(-1, 2)
+        values = np.array([row["accuracy"].get(name, [np.nan, np.nan]) for row in rows]).reshape(-1, 2)
         panel.errorbar(values[:, 0], y, xerr=values[:, 1], fmt="o", ms=4, lw=1, label="honest")
-        peeking = [place for place, row in enumerate(rows) if "peeking" in row]
+        peeking = [place for place, row in enumerate(rows) if name in row.get("peeking", ())]
         if peeking:
             panel.plot([rows[place]["peeking"][name][0] for place in peeking], peeking, "x", c="C3", label="peeking")
         panel.set_title(name)
