@@ -397,8 +397,8 @@ def test_plans_fit(packed, B, N, D, itemsize, backward):
         config = plan.chunks
         assert config.block_d >= D
         assert config.split == (config.chunk_rows < N)
-        assert config.block_n * config.block_d * words <= config.num_warps * 32 * (128 if config.dot else 32)
-        assert config.dot == (itemsize == 2 and 16 <= config.block_d <= (1024 if backward else 2048))
+        assert config.block_n * config.block_d * words <= config.num_warps * 32 * (256 if config.dot else 32)
+        assert config.dot == (itemsize == 2 and 16 <= config.block_d <= (2048))
     assert plan.on_chip is not None or plan.chunks is not None
 
 
