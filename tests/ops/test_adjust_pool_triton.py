@@ -528,7 +528,8 @@ def test_plan_takes_tensor_cores(dtype):
         alone = pick_plan(True, 4096, 4096 * 64, 128, itemsize, backward, max_seqlen=100)
         assert alone.on_chip.dot and alone.on_chip.block_n == 128 and alone.chunks is None
     assert not pick_plan(False, 4096, 64, 128, itemsize, True, num_iters=6).on_chip.dot  # more than are unrolled
-    assert not pick_plan(False, 4096, 64, 128, itemsize, False, shared_memory=48 << 10).on_chip.dot
+    assert pick_plan(False, 4096, 64, 128, itemsize, False, shared_memory=48 << 10).on_chip.dot
+    assert not pick_plan(False, 4096, 256, 128, itemsize, False, shared_memory=99 << 10).on_chip.dot
     assert pick_plan(False, 4096, 64, 128, itemsize, False, capability=80).on_chip.dot
     assert not pick_plan(False, 4096, 64, 128, itemsize, True, capability=80).on_chip.dot
 
