@@ -250,6 +250,10 @@ def adjust_pool_backward_chunks_kernel(
             shift = tl.load(softmax_stats_ptr + (row + t) * 2)
             scale = tl.load(softmax_stats_ptr + (row + t) * 2 + 1)
             x_ptr = scalars_ptr + start + (t - 1) * num_rows.to(tl.int64)
+            if index == 0:  # before the pass, so that they do not occupy registers during it
+                tl.store(es_ptr + (T + t - 1) * D + d, s_sum, mask=d < D)
+                if t == T - 1:
+                    tl.store(es_ptr + t * D + d, e, mask=d < D)
             if DOT:
                 h_t, delta = route_dot(
                     f_ptr, m_ptr, v_ptr, x_ptr, low, high, s_sum, e, shift, scale, center, t == T - 1, beta_rows,
@@ -270,8 +274,6 @@ def adjust_pool_backward_chunks_kernel(
             if complete:
                 h_t -= delta * tl.load(sigmas_ptr + t * D + d, mask=d < D, other=0)
                 tl.store(deltas_ptr + row + t + tl.arange(0, 1)[None, :], delta)
-                tl.store(es_ptr + t * D + d, e, mask=d < D)
-                tl.store(es_ptr + (T + t - 1) * D + d, s_sum, mask=d < D)
                 if t < T - 1:
                     h_t += tl.load(es_ptr + d, mask=d < D, other=0)  # the running sum
                 tl.debug_barrier()  # all threads have read the running sum, which is replaced now

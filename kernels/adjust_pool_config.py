@@ -48,11 +48,18 @@ class PlanLimits:
     dot_most: int = 32768
     dot_features: int = 256
     dot_iterations: int = 5
-    # Tiles of the chunk kernels by features: (features at most, elements, warps, programs per multiprocessor). They
-    # allow 37-77 bytes per cycle and multiprocessor (kernels/budget.json) and have 48-64 KB of loads in flight.
-    # Backward up to 1024 features: the kernel for 2048 spills.
-    dot_tiles: tuple = ((128, 8192, 4, 3), (512, 16384, 4, 2), (1024, 32768, 8, 1), (2048, 32768, 8, 1))
-    dot_features_backward: int = 1024
+    # Tiles of the chunk kernels: (features at most, elements, warps, programs per multiprocessor); of those for as many
+    # features the first that fits in shared memory. Many rows per warp, since warps repeat the product with fewer than
+    # 16 rows each. Forward 62-100 bytes per cycle and multiprocessor (kernels/budget.json), 64-128 KB of loads in
+    # flight; the backward kernels spill with larger tiles.
+    dot_tiles: tuple = (
+        (128, 8192, 4, 3),
+        (256, 16384, 4, 2),
+        (1024, 32768, 4, 2),
+        (2048, 65536, 8, 1),
+        (2048, 32768, 8, 1),
+    )
+    dot_tiles_backward: tuple = ((128, 8192, 4, 3), (512, 16384, 4, 2), (2048, 32768, 8, 1))
     # Rows per chunk at least, so that its partial result is below 4 % of its bytes in 16 bits, and bytes at most, so
     # that the last chunks of a large input do not determine the run time.
     chunk_rows: int = 64
@@ -148,23 +155,37 @@ def _on_chip(rows, B, block_d, words, backward, multiprocessors, limits):
     return OnChipConfig(bags, block_n, block_d, num_warps)
 
 
-def _on_chip_dot(rows, block_d, backward, limits):
+def _dot_shared_memory(block_n, block_d):
+    """Bytes of shared memory for a tile of 16-bit instances and the parts of the vectors that it is multiplied by."""
+    return 2 * block_n * block_d + 16 * (block_n + block_d)
+
+
+def _on_chip_dot(rows, block_d, backward, shared_memory, limits):
     """On-chip configuration with products on tensor cores, or None if a bag does not fit or is too small."""
     block_n = max(next_power_of_2(rows), 16)
     bag = block_n * block_d
     if not limits.dot_least <= bag <= limits.dot_most or not 16 <= block_d <= limits.dot_features:
         return None
+    if _dot_shared_memory(2 * block_n, block_d) > shared_memory:  # the tile in both orientations
+        return None
     # Forward: fewer warps, whose reductions are cheaper. Backward: as few as fit in registers.
     return OnChipConfig(1, block_n, block_d, _clamp(bag // (2048 if backward else 4096), 1, 8), dot=True)
 
 
-def _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot, multiprocessors, limits):
+def _dot_tile(block_d, backward, shared_memory, limits):
+    """``(rows, warps, programs per multiprocessor)`` of the chunk kernels on tensor cores, or None if no tile fits."""
+    for features, elements, num_warps, programs in limits.dot_tiles_backward if backward else limits.dot_tiles:
+        block_n = _clamp(elements // block_d, 16, limits.chunk_block_n)
+        if 16 <= block_d <= features and _dot_shared_memory(block_n, block_d) <= shared_memory:
+            return block_n, num_warps, programs
+    return None
+
+
+def _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot_tile, multiprocessors, limits):
     """Chunk configuration. ``N``: rows per padded bag, or total rows of packed bags; ``longest``: of a bag."""
     block_d = next_power_of_2(D)
-    tiles = [tile for tile in limits.dot_tiles if block_d <= tile[0]] if dot and block_d >= 16 else []
-    if tiles:
-        _, elements, num_warps, programs = tiles[0]
-        block_n = _clamp(elements // block_d, 16, limits.chunk_block_n)
+    if dot_tile:
+        block_n, num_warps, programs = dot_tile
         num_stages, registers = 1, MAX_REGISTERS
     else:
         # float64: half as many warps and a quarter of the elements per thread
@@ -195,7 +216,7 @@ def _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot, multiproce
         num_warps=num_warps,
         num_stages=num_stages,
         registers=min(registers, REGISTERS // (WARP * num_warps)),
-        dot=bool(tiles),
+        dot=dot_tile is not None,
     )
 
 
@@ -225,20 +246,13 @@ def pick_plan(
     block_d = next_power_of_2(D)
     words = 4 if itemsize == 8 else 1
     longest = N if not packed or max_seqlen is None else max(min(N, max_seqlen), 1)
-    # Shared memory: the tile, its copy in another layout or the parts of a vector.
-    dot = itemsize == 2 and (routing or not backward) and block_d * 16 * itemsize * 2 <= shared_memory
-    dot = dot and not (backward and block_d > limits.dot_features_backward)
+    dot = itemsize == 2 and (routing or not backward)
     # Before Hopper, the product that writes the gradient of a bag spills registers.
     unserved = backward and capability < 90
-    on_chip_dot = (
-        dot
-        and not unserved
-        and num_iters <= limits.dot_iterations
-        and limits.dot_most * itemsize + 16384 <= shared_memory
-    )
+    on_chip_dot = dot and not unserved and num_iters <= limits.dot_iterations
 
     def on_chip(rows):
-        config = _on_chip_dot(rows, block_d, backward, limits) if on_chip_dot else None
+        config = _on_chip_dot(rows, block_d, backward, shared_memory, limits) if on_chip_dot else None
         return config or _on_chip(rows, B, block_d, words, backward, multiprocessors, limits)
 
     config = on_chip(longest)
@@ -249,5 +263,6 @@ def pick_plan(
         config = on_chip(max(2 * N // B, 16))
         if config is not None:
             min_rows = config.block_n
-    chunks = _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot, multiprocessors, limits)
+    dot_tile = _dot_tile(block_d, backward, shared_memory, limits) if dot else None
+    chunks = _chunks(packed, B, N, D, itemsize, words, min_rows, longest, dot_tile, multiprocessors, limits)
     return TritonPlan(config, chunks)

@@ -26,7 +26,13 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 @triton.jit
 def in_shared_memory(f):
-    """``f``, unchanged."""
+    """``f``, unchanged, as an operand of products in both orientations that is to be read from shared memory.
+
+    The assembler removes the move; what counts is that the compiler takes it for an operation with effects. It would
+    otherwise convert the operand to its layout in registers where it is loaded, in slices, each between two barriers
+    (forward on chip, 256 x 128: 32 barriers and 7,312 instead of 7,040 warp instructions; streamed, 512 features: 2,040
+    instead of 1,708 per tile).
+    """
     if not INTERPRETED:
         f = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [f], f.dtype, is_pure=False, pack=2)
     return f

@@ -88,6 +88,7 @@ CALLS = (
     PoolCall(1, 100_000, 1024, T=1),
     PoolCall(1, 100_000, 4096, dtypes=ALL),
     PoolCall(1, 100_000, 1000),
+    PoolCall(1, 100_000, 2048, "mask", weights=True, dtypes=("bf16", "fp16")),
     PoolCall(8, 1_000_000, 64, "lengths"),
     PoolCall(2, 100_000, 3, "mask", weights=True),
     # packed: short bags with room for long ones, then long ones

@@ -76,10 +76,9 @@ def programs_per_multiprocessor(arch, registers, shared, num_warps):
 def check_budget(usages):
     """Complaints: kernels above the limits of budget.json, or above its counts if made with this Triton version."""
     budget = json.loads(BUDGET.read_text())
-    bad = []
+    usages = [usage for usage in usages if not usage.error]
+    bad = [line for rule in budget["widths"] for line in check_widths(rule, usages)]
     for usage in usages:
-        if usage.error:
-            continue
         for limit in budget["limits"]:
             if usage.arch != limit["arch"] or not re.search(limit["kernel"], f"{usage.name} {usage.config}"):
                 continue
@@ -97,6 +96,23 @@ def check_budget(usages):
     return bad
 
 
+def check_widths(rule, usages):
+    """Complaints: numbers of features at which a kernel's rate is below that at the next ones by more than a factor.
+
+    ``rule``: ``features``, in ascending order; ``kernel``, a regular expression that captures the number of features.
+    """
+    rates = {}
+    for usage in usages:
+        match = re.search(rule["kernel"], f"{usage.name} {usage.config}")
+        if match and usage.arch == rule["arch"]:
+            rates[int(match[1])] = usage.rate
+    features = [None, *rule["features"], None]
+    for below, D, above in zip(features, features[1:], features[2:], strict=False):
+        best = max(rates.get(below, 0), rates.get(above, 0))
+        if best > rule["factor"] * rates.get(D, best):
+            yield f"{rule['what']}, D = {D}: {rates[D]:.1f} bytes per cycle, {best:.1f} at the next width"
+
+
 def update_budget(usages):
     """Updates the counts of budget.json by those of ``usages``; drops those of another Triton version."""
     budget = json.loads(BUDGET.read_text())
@@ -106,7 +122,7 @@ def update_budget(usages):
         if usage.instructions:
             counts[f"{usage.name} sm_{usage.arch} {usage.config}"] = [usage.instructions, usage.programs]
     budget |= {"triton": triton.__version__, "counts": dict(sorted(counts.items()))}
-    limits = ",\n  ".join(json.dumps(limit) for limit in budget["limits"])
+    limits, widths = (",\n  ".join(map(json.dumps, budget[key])) for key in ("limits", "widths"))
     lines = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in budget["counts"].items())
-    head = f'"triton": {json.dumps(budget["triton"])},\n "limits": [\n  {limits}\n ],\n'
+    head = f'"triton": {json.dumps(budget["triton"])},\n "limits": [\n  {limits}\n ],\n "widths": [\n  {widths}\n ],\n'
     BUDGET.write_text(f'{{{head} "counts": {{\n  {lines}\n }}\n}}\n')

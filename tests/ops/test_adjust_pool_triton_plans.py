@@ -131,8 +131,8 @@ def test_plans_fit(packed, B, N, D, itemsize, backward):
         config = plan.chunks
         assert config.block_d >= D
         assert config.split == (config.chunk_rows < N)
-        assert config.block_n * config.block_d * words <= config.num_warps * 32 * (128 if config.dot else 32)
-        assert config.dot == (itemsize == 2 and 16 <= config.block_d <= (1024 if backward else 2048))
+        assert config.block_n * config.block_d * words <= config.num_warps * 32 * (256 if config.dot else 32)
+        assert config.dot == (itemsize == 2 and 16 <= config.block_d <= 2048)
     assert plan.on_chip is not None or plan.chunks is not None
 
 
@@ -150,7 +150,8 @@ def test_plan_takes_tensor_cores(dtype):
         alone = pick_plan(True, 4096, 4096 * 64, 128, itemsize, backward, max_seqlen=100)
         assert alone.on_chip.dot and alone.on_chip.block_n == 128 and alone.chunks is None
     assert not pick_plan(False, 4096, 64, 128, itemsize, True, num_iters=6).on_chip.dot  # more than are unrolled
-    assert not pick_plan(False, 4096, 64, 128, itemsize, False, shared_memory=48 << 10).on_chip.dot
+    assert pick_plan(False, 4096, 64, 128, itemsize, False, shared_memory=48 << 10).on_chip.dot
+    assert not pick_plan(False, 4096, 256, 128, itemsize, False, shared_memory=99 << 10).on_chip.dot
     assert pick_plan(False, 4096, 64, 128, itemsize, False, capability=80).on_chip.dot
     assert not pick_plan(False, 4096, 64, 128, itemsize, True, capability=80).on_chip.dot
 
