@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -86,8 +85,8 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
 
 
-def check_size(shape: tuple[int, ...], dtype: np.dtype | torch.dtype, size: int) -> None:
-    """Raises ValueError for an array that ``size`` bytes cannot hold."""
+def check_size(shape: tuple[int, ...], dtype: Any, size: int) -> None:
+    """Raises ValueError for an array that ``size`` bytes cannot hold; ``dtype`` is NumPy's or PyTorch's."""
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
         raise ValueError(f"shape {shape} of {dtype} in {size} bytes")
 
