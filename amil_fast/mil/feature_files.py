@@ -3,7 +3,6 @@
 import os
 import pickle
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amil_fast.utils.files import DataError
+from amil_fast.utils.files import DataError, open_regular
+from amil_fast.utils.numpy_files import DAMAGED, MAX_RATIO, check_size, read_header, read_npy, read_npz
 from amil_fast.utils.optional import require
 
 _ROWS = 256  # checked at once
@@ -42,7 +42,7 @@ class _Hdf5(_Reader):
     @contextmanager
     def _open(self, path) -> Iterator:
         h5py = require("h5py", "reading .h5 files")
-        with _readable(path), h5py.File(path, "r") as file:
+        with _readable(path), open_regular(path), h5py.File(path, "r") as file:
             yield file
 
     def _dataset(self, file, path, entry):
@@ -50,6 +50,7 @@ class _Hdf5(_Reader):
             raise DataError(f"{path}: dataset {entry!r} is missing (found: {', '.join(sorted(file)) or 'nothing'})")
         dataset = file[entry]
         _check_kind(path, entry, dataset.dtype)
+        check_size(dataset.shape, dataset.dtype, MAX_RATIO * path.stat().st_size)
         return dataset
 
     def shape(self, path):
@@ -73,18 +74,23 @@ class _Hdf5(_Reader):
 
 class _Npy(_Reader):
     def shape(self, path):
-        with _readable(path), path.open("rb") as file:
-            return _npy_header(path, file)
+        with _readable(path), open_regular(path) as file:
+            return _npy_shape(path, file, path.stat().st_size)
 
     def features(self, path, entry="features", dims=2):
-        with _readable(path):
-            return _tensor(path, np.load(path, allow_pickle=False), dims)
+        return _tensor(path, read_npy(path), dims)
 
 
 class _Npz(_Reader):
     """Entries ``features`` and, optionally, ``coords``; or a single entry of any name."""
 
-    def _entry(self, path, names):
+    @contextmanager
+    def _open(self, path) -> Iterator:
+        with _readable(path), open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            yield archive
+
+    def _entry(self, path, archive):
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
         if "offsets" in names:
             raise DataError(f"{path}: expected the features of one bag, got a bag file of many: pass its path itself")
         if "features" in names:
@@ -94,26 +100,27 @@ class _Npz(_Reader):
         raise DataError(f"{path}: entry 'features' is missing (found: {', '.join(sorted(names)) or 'nothing'})")
 
     def shape(self, path):
-        with _readable(path), zipfile.ZipFile(path) as archive:
-            entry = self._entry(path, [name.removesuffix(".npy") for name in archive.namelist()])
-            with archive.open(f"{entry}.npy") as file:
-                return _npy_header(path, file)
+        with self._open(path) as archive:
+            member = archive.getinfo(f"{self._entry(path, archive)}.npy")
+            with archive.open(member) as file:
+                return _npy_shape(path, file, MAX_RATIO * path.stat().st_size)
 
     def features(self, path, entry="features", dims=2):
-        with _readable(path), np.load(path, allow_pickle=False) as file:
-            name = entry if entry in file else self._entry(path, file.files)
-            return _tensor(path, file[name], dims)
+        with self._open(path) as archive:
+            name = entry if f"{entry}.npy" in archive.namelist() else self._entry(path, archive)
+        return _tensor(path, read_npz(path, [name])[name], dims)
 
     def coords(self, path):
-        with _readable(path), np.load(path, allow_pickle=False) as file:
-            return file.get("coords")
+        with self._open(path) as archive:
+            found = "coords.npy" in archive.namelist()
+        return read_npz(path, ["coords"])["coords"] if found else None
 
 
 class _Pt(_Reader):
     """A tensor, or a dict with ``features`` and, optionally, ``coords``; read with ``weights_only=True``."""
 
     def _load(self, path, entry):
-        with _readable(path):
+        with _readable(path), open_regular(path):
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
@@ -126,9 +133,11 @@ class _Pt(_Reader):
             return None
         if content is None and entry == "coords":
             return None
-        if not isinstance(content, torch.Tensor) or content.layout != torch.strided:
+        if not isinstance(content, torch.Tensor) or content.layout != torch.strided or content.is_meta:
             kind = "nothing" if content is None else type(content).__name__
             raise DataError(f"{path}: expected a dense tensor, or a dict with one under {entry!r}, got {kind}")
+        with _readable(path):  # an expanded tensor holds fewer numbers than its shape
+            check_size(tuple(content.shape), content.dtype, MAX_RATIO * path.stat().st_size)
         return content
 
     def shape(self, path):
@@ -140,7 +149,8 @@ class _Pt(_Reader):
 
     def coords(self, path):
         coords = self._load(path, "coords")
-        return None if coords is None else coords.numpy().copy()
+        with _readable(path):  # NumPy has no bfloat16
+            return None if coords is None else coords.detach().numpy().copy()
 
 
 READERS: dict[str, _Reader] = {".h5": _Hdf5(), ".hdf5": _Hdf5(), ".pt": _Pt(), ".npy": _Npy(), ".npz": _Npz()}
@@ -170,7 +180,7 @@ def _readable(path) -> Iterator[None]:
         yield
     except (DataError, ImportError):
         raise
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (*DAMAGED, LookupError, AttributeError, AssertionError) as error:  # the last three: PyTorch's unpickler
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{path}: cannot be read: {_reason(text, path)}") from error
     except pickle.UnpicklingError as error:
@@ -186,13 +196,10 @@ def _reason(text, path):
     return text.splitlines()[0] if text else "damaged"
 
 
-def _npy_header(path, file):
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise DataError(f"{path}: expected version 1 or 2 of the .npy format, got {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+def _npy_shape(path, file, size):
+    shape, _, dtype = read_header(file)
     _check_kind(path, "features", dtype)
+    check_size(shape, dtype, size)
     return _squeezed(shape)
 
 

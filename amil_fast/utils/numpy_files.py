@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from amil_fast.utils.files import DataError, open_regular
 
-# Deflate compresses by at most 1,032 : 1. An entry that claims more is damaged, so that the memory for reading is
+# Deflate compresses by at most 1,032 : 1. An array that claims more is damaged, so that the memory for reading is
 # bounded by the size of the file.
-_MAX_RATIO = 1032
+MAX_RATIO = 1032
 _CHUNK = 1 << 24
-# NumPy parses the header as Python source.
-_DAMAGED = (
+# Errors of damaged files. NumPy parses the header as Python source.
+DAMAGED = (
     *(ValueError, OSError, EOFError, RuntimeError, MemoryError, OverflowError, TypeError),
     *(SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error),
 )
@@ -31,7 +31,7 @@ def read_npy(path: str | os.PathLike) -> NDArray[Any]:
     with open_regular(path) as file:
         try:
             return _read_array(file, os.fstat(file.fileno()).st_size)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise DataError(f"{path}: expected a NumPy file of numbers: {_reason(error)}") from None
 
 
@@ -52,7 +52,7 @@ def read_npz(
         size = os.fstat(file.fileno()).st_size
         try:
             archive = zipfile.ZipFile(file)
-        except _DAMAGED:
+        except DAMAGED:
             raise DataError(f"{path}: expected {what}") from None
         members = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         arrays = {}
@@ -61,14 +61,14 @@ def read_npz(
                 raise DataError(f"{path}: entry {name!r} is missing (found: {', '.join(sorted(members)) or 'nothing'})")
             try:
                 arrays[name] = _read_member(archive, members[name], size)
-            except _DAMAGED as error:
+            except DAMAGED as error:
                 reason = _reason(error)
                 raise DataError(f"{path}: entry {name!r}: expected an array of numbers, got {reason}") from None
         return arrays
 
 
 def _read_member(archive, entry, file_size):
-    if entry.compress_size > file_size or entry.file_size > _MAX_RATIO * entry.compress_size + 1024:
+    if entry.compress_size > file_size or entry.file_size > MAX_RATIO * entry.compress_size + 1024:
         raise ValueError(f"{entry.file_size} bytes from {entry.compress_size} in a file of {file_size}")
     with archive.open(entry) as member:
         array = _read_array(member, entry.file_size)
@@ -77,17 +77,27 @@ def _read_member(archive, entry, file_size):
         return array
 
 
-def _read_array(file: BinaryIO, size: int) -> NDArray[Any]:
-    """Reads an array in ``.npy`` format from ``size`` bytes."""
+def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads ``(shape, fortran_order, dtype)`` of an array in ``.npy`` format; raises one of :data:`DAMAGED`."""
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"format version {version}")
-    shape, fortran_order, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+    return (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+
+
+def check_size(shape: tuple[int, ...], dtype: Any, size: int) -> None:
+    """Raises ValueError for an array that ``size`` bytes cannot hold; ``dtype`` is NumPy's or PyTorch's."""
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"shape {shape} of {dtype} in {size} bytes")
+
+
+def _read_array(file: BinaryIO, size: int) -> NDArray[Any]:
+    """Reads an array in ``.npy`` format from ``size`` bytes."""
+    shape, fortran_order, dtype = read_header(file)
     if dtype.kind not in "biufc":
         raise ValueError("an array of Python objects" if dtype.hasobject else f"dtype {dtype}")
+    check_size(shape, dtype, size)
     count = math.prod(shape)
-    if min(shape, default=0) < 0 or count * dtype.itemsize > size:
-        raise ValueError(f"shape {shape} of {dtype} in {size} bytes")
     array = np.empty(count, dtype)
     rest = array.view(np.uint8).data if count else memoryview(b"")
     while rest:

@@ -19,12 +19,14 @@ import traceback
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import torch
 from scipy.io import loadmat, savemat
 
 from amil_fast.cli.common import read_config
 from amil_fast.mil.bag_files import load_bags, save_bags, stratified_folds
+from amil_fast.mil.bag_sources import BagFolder
 from amil_fast.pose import PoseDiscriminator
 from amil_fast.pose.data import CropArchive, load_coco, load_lsp, load_lspet, load_mpii, load_mpii_mat
 from amil_fast.pose.data.boxes import Boxes
@@ -67,6 +69,26 @@ def _bags(root):
     labels, rng = np.arange(8) % 2, np.random.default_rng(0)
     save_bags(root / "a.npz", rng.normal(size=(24, 3)), np.arange(9) * 3, labels, stratified_folds(labels, 1, 2))
     np.savez(root / "b.npz", **np.load(root / "a.npz"))  # uncompressed
+
+
+def _bag_folder(root):
+    features, coords = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32), np.arange(12).reshape(6, 2)
+    with h5py.File(root / "a.h5", "w") as file:
+        file["features"], file["coords"] = features, coords
+        file["coords"].attrs.update({"patch_size": 256, "level": "0"})
+    with h5py.File(root / "b.h5", "w") as file:  # in chunks, each compressed
+        file.create_dataset("features", data=features[None], chunks=(1, 2, 3), compression="gzip", shuffle=True)
+    tensors = {"features": torch.from_numpy(features), "coords": torch.from_numpy(coords)}
+    torch.save(tensors, root / "c.pt")
+    torch.save(tensors["features"].half(), root / "d.pt", _use_new_zipfile_serialization=False)
+    np.save(root / "e.npy", features.astype(np.float64))
+    np.savez(root / "f.npz", features=features, coords=coords)
+    np.savez_compressed(root / "g.npz", features)
+
+
+def _read_bag(path):
+    bag = BagFolder(path.parent, [path.stem])
+    bag.features(0), bag.coords(0), bag.attributes(0)
 
 
 def _compress(path):
@@ -164,6 +186,7 @@ FORMATS = {
     "COCO": (layouts.coco, lambda path: load_coco(path.parents[1])),
     "boxes": (_boxes, Boxes),
     "bags": (_bags, load_bags),
+    "bag folder": (_bag_folder, _read_bag),
     "predictions": (_predictions, lambda path: read_predictions(path, _truth())),
     "ground truth": (_ground_truth, read_ground_truth),
     "crop archive": (_archive, _read_archive),

@@ -1,6 +1,9 @@
 """Bags on disk: the formats, what is read when, and the messages for files that are not bags."""
 
+import contextlib
+import os
 import pickle
+import zipfile
 
 import h5py
 import numpy as np
@@ -141,6 +144,38 @@ def test_messages(tmp_path):
     assert "b.npz: expected the features of one bag, got a bag file of many" in error_of(tmp_path)
     (tmp_path / "b.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:100])
     assert "b.npz: cannot be read: " in error_of(tmp_path)
+
+
+def test_arrays_larger_than_their_file(tmp_path):
+    """Shapes that the file cannot hold are refused before memory is allocated."""
+    header = np.lib.format.header_data_from_array_1_0(FEATURES) | {"shape": (10**12, 3)}
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.write(tmp_path / "a.npy", "features.npy")
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file.create_dataset("features", (10**12, 3), "f4", chunks=(100, 3))
+    torch.save(torch.zeros(1).expand(10**12, 3), tmp_path / "d.pt")
+    for name in ("a.npy", "b.npz", "c.h5", "d.pt"):
+        with pytest.raises(DataError, match=rf"{name}: cannot be read: shape \(1000000000000, 3\) of .* in \d+ bytes"):
+            BagFolder(tmp_path, [name])
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".pt", ".npy", ".npz"])
+def test_named_pipes_are_refused(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"a{suffix}")
+    with pytest.raises(DataError, match=rf"a\{suffix}: cannot be read: not a regular file"):
+        open_bags(tmp_path)
+
+
+def test_damaged_pickles_are_reported(tmp_path):
+    """Every single-byte change of the format before PyTorch 1.6: an array of the same shape, or a DataError."""
+    torch.save(torch.from_numpy(FEATURES), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    good = (tmp_path / "a.pt").read_bytes()
+    for position in range(len(good)):
+        (tmp_path / "a.pt").write_bytes(good[:position] + bytes([good[position] ^ 0x10]) + good[position + 1 :])
+        with contextlib.suppress(DataError):
+            open_bags(tmp_path).features(0)
 
 
 class Attack:
