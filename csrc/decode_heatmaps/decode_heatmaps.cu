@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "decode_heatmaps/decode_heatmaps.h"
 
@@ -123,35 +122,45 @@ struct alignas(kVectorBytes) LoadVector {
     In elements[kSize];
 };
 
+// Updates the peak with the pixels of vector v.
+template <bool kFlipped, class In, class T>
+__device__ __forceinline__ void update_vector(const LoadVector<In>& loaded, const LoadVector<In>& flipped, int v,
+                                              RunningPeak<T>& peak) {
+    constexpr int V = LoadVector<In>::kSize;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+        T value = widen(loaded.elements[e]);
+        if (kFlipped) value = MapView<In>::average(value, widen(flipped.elements[V - 1 - e]));
+        peak.update(value, v * V + e);
+    }
+}
+
 // Updates the peak with the pixels of the map, averaged with the flipped map if there is one, using 16-byte loads, of
 // which kInFlight are in flight at a time.
 template <bool kFlipped, int kInFlight, class In, class T>
 __device__ __forceinline__ void search_vectors(const MapView<In>& map, int count, int row, const ThreadGroup& group,
                                                RunningPeak<T>& peak) {
-    constexpr int V = LoadVector<In>::kSize;
     const LoadVector<In>* vectors = reinterpret_cast<const LoadVector<In>*>(map.map);
     const LoadVector<In>* flipped = reinterpret_cast<const LoadVector<In>*>(map.flipped);
+    int v = group.rank;
 #pragma unroll 1
-    for (int first = group.rank; first < count; first += kInFlight * group.size) {
+    for (; v < count - (kInFlight - 1) * group.size; v += kInFlight * group.size) {
         LoadVector<In> loaded[kInFlight], loaded_flipped[kInFlight];
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
-            const int v = first + u * group.size;
-            if (v >= count) continue;
-            loaded[u] = vectors[v];
-            if (kFlipped) loaded_flipped[u] = flipped[v / row * row + (row - 1 - v % row)];
+            const int w = v + u * group.size;
+            loaded[u] = vectors[w];
+            if (kFlipped) loaded_flipped[u] = flipped[w / row * row + (row - 1 - w % row)];
         }
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
-            const int v = first + u * group.size;
-            if (v >= count) continue;
-#pragma unroll
-            for (int e = 0; e < V; ++e) {
-                T value = widen(loaded[u].elements[e]);
-                if (kFlipped) value = MapView<In>::average(value, widen(loaded_flipped[u].elements[V - 1 - e]));
-                peak.update(value, v * V + e);
-            }
-        }
+        for (int u = 0; u < kInFlight; ++u)
+            update_vector<kFlipped>(loaded[u], loaded_flipped[u], v + u * group.size, peak);
+    }
+#pragma unroll 1
+    for (; v < count; v += group.size) {
+        LoadVector<In> loaded = vectors[v], loaded_flipped;
+        if (kFlipped) loaded_flipped = flipped[v / row * row + (row - 1 - v % row)];
+        update_vector<kFlipped>(loaded, loaded_flipped, v, peak);
     }
 }
 
@@ -270,10 +279,10 @@ __device__ Step<T> blur_step(const MapView<In>& map, const DecodeLaunch<T>& laun
 __host__ __device__ constexpr bool uses_blur(Refine refine) { return refine >= Refine::dark; }
 
 // Blocks of kMaxBlockThreads per multiprocessor. There is one kernel per refinement: without a blur, 48 registers
-// (bfloat16: 64) suffice for four loads of 16 bytes in flight, 80 KB per multiprocessor (64 KB); fewer would spill.
+// suffice for four loads of 16 bytes in flight, 80 KB per multiprocessor; with 40, float32 spills 4 bytes.
 template <class In>
 constexpr int min_blocks(Refine refine) {
-    return uses_blur(refine) || sizeof(In) == 8 ? 3 : std::is_same<In, __nv_bfloat16>::value ? 4 : 5;
+    return uses_blur(refine) || sizeof(In) == 8 ? 3 : 5;
 }
 
 template <Refine refine, class In, class T>

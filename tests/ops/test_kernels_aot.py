@@ -60,6 +60,12 @@ if budget["triton"] == triton.__version__:
 kernel = "adjust_pool_forward_chunks_kernel", "bf16 warps=4 stages=1 D=128 ", 90
 (message,) = aot_count.check_budget([KernelUsage(*kernel, rate=49.0)])
 assert message == "forward stream, D = 128: 49.0 bytes per cycle, at least 50", message
+# A width much slower than the next one; those that are not next to each other are not compared.
+config = "bf16 warps=4 stages=1 D={} UNIT=8 SPLIT=True"
+rates = {256: 100.0, 384: 62.0, 768: 39.0}
+usages = [KernelUsage(kernel[0], config.format(D), 90, rate=rate) for D, rate in rates.items()]
+(message,) = aot_count.check_budget(usages)
+assert message == "forward stream, width, D = 384: 62.0 bytes per cycle, 100.0 at the next width", message
 """
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
 
