@@ -186,7 +186,7 @@ class BuildPy(build_py):
         if self.editable_mode:
             return  # amil_fast/kernels/__init__.py locates the folder
         target = Path(self.build_lib) / "amil_fast" / "kernels"
-        for source in sorted((ROOT / "kernels").glob("*.py")):
+        for source in sorted([*(ROOT / "kernels").glob("*.py"), ROOT / "kernels" / "budget.json"]):
             self.copy_file(str(source), str(target / source.name))
 
 

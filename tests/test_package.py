@@ -193,7 +193,8 @@ def test_wheel_from_outside_the_checkout(tmp_path):
         names = archive.namelist()
         archive.extractall(unpacked)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"amil_fast"}
-    assert {f"amil_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} <= set(names)
+    kernels = [*(ROOT / "kernels").glob("*.py"), ROOT / "kernels" / "budget.json"]
+    assert {f"amil_fast/kernels/{path.name}" for path in kernels} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h"))]
     out = run_python(
         f"import sys; sys.path.insert(0, {str(unpacked)!r})\n"
