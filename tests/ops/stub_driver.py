@@ -45,7 +45,7 @@ def activate(folder, log=None):
     if log is not None:
         driver.launcher_cls = functools.partial(LoggingLauncher, driver.launcher_cls, log)
     triton.runtime.driver.set_active(driver)
-    importlib.import_module("amil_fast.ops.adjust_pool")._SUPPORTED["auto"] = lambda device: "triton"
+    importlib.import_module("amil_fast.ops.adjust_pool").SUPPORTED["auto"] = lambda device: "triton"
     return stub.stub_num_launches
 
 
