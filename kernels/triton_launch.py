@@ -110,8 +110,13 @@ def aligned(tensors: Sequence[torch.Tensor | None]) -> bool:
 class RecordedPass:
     """Launches of a pass, repeated for other inputs.
 
-    These must agree with those recorded in presence, dtype, shape, strides and device, and be :func:`aligned`.
-    ``compiled``: the kernels compiled for ``launches``. Contains no tensors.
+    These must agree with those recorded in presence, dtype, shape, strides and device, and be :func:`aligned`. The
+    recorded tensors are not kept.
+
+    Args:
+        tensors: of the recorded pass.
+        launches: of the recorded pass.
+        compiled: kernel compiled for each launch.
     """
 
     def __init__(self, tensors: PassTensors, launches: Sequence[TritonLaunch], compiled: Sequence[Any]) -> None:

@@ -97,7 +97,7 @@ def cv(
 ):
     """Repeated k-fold cross-validation of a bag classifier: MI-RNet, or another --method.
 
-    On a bag file, the folds are those of the file: features are standardized by the training part of each fold; the
+    On a bag file, the folds are those of the file: features are normalized by the training part of each fold; the
     last epoch's model is evaluated with threshold 0.5. Accuracy is the mean over folds, reported as mean and standard
     deviation over repetitions. The most accurate method on the benchmark sets is `blend`; like all methods but the
     network it can count an instance as evidence for a negative bag, which breaks the multiple-instance assumption.

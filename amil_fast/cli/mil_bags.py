@@ -67,7 +67,7 @@ def train(
 ):
     """Train a bag classifier (MI-RNet) on one's own bags.
 
-    Bags of split `train` (without the column: all) are the training part. Features are standardized by it, within the
+    Bags of split `train` (without the column: all) are the training part. Features are normalized by it, within the
     model. Early stopping and the threshold for two classes use the bags of split `val`, or an inner part that is held
     out of the training part, groups whole; bags of split `test` are only predicted and scored, at the end. A bag is in
     memory only while it is used. Ctrl-C saves the state; `--resume` continues.

@@ -112,13 +112,11 @@ class BagClassifiers:
 
     def _forward(self, bag_indices):
         rows, cu_seqlens = pack_members(self.data, bag_indices)
-        x = self._normalized(rows, self.mean, self.inverse_std, self.bound)
+        x = (self._features[torch.from_numpy(rows)] - self.mean) * self.inverse_std
+        if self.settings.soft_clip:
+            x = soft_clip(x, self.bound)
         cu_seqlens = torch.from_numpy(cu_seqlens)
         return self.net(x, cu_seqlens), cu_seqlens
-
-    def _normalized(self, rows, mean, inverse_std, bound):
-        x = (self._features[torch.from_numpy(rows)] - mean) * inverse_std
-        return soft_clip(x, bound) if self.settings.soft_clip else x
 
     def _normalization(self, part):
         """Mean, factor and bound of the smooth clipping for a training part, float32."""

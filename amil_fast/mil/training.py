@@ -353,7 +353,8 @@ class BagTraining:
         torch.set_rng_state(tensors["random"])
         self._progress = facts["progress"]
         if self.net.normalization is not None:
-            self.net.normalization.kind = self._progress["normalization"]
+            # Absent in states that were saved before there was a choice.
+            self.net.normalization.kind = self._progress.get("normalization", self.net.normalization.kind)
 
     def _stop_if_requested(self, saved=False):
         requested = bool(self.stop)

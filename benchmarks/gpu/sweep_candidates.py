@@ -48,7 +48,7 @@ def candidates(packed, B, N, D, itemsize, backward, multiprocessors):
         "nothing on chip": nowhere,
         "one program per bag": {"stream_bags_per_multiprocessor": 0, **nowhere},
         "always split": {"stream_bags_per_multiprocessor": 1 << 30, **nowhere},
-        "no tensor cores": {"dot_most": 0, "dot_tiles": (), "dot_tiles_backward": ()},
+        "without tensor cores": {"dot_most": 0, "dot_tiles": (), "dot_tiles_backward": ()},
     }.items():
         limits = dataclasses.replace(PlanLimits(), **change)
         other = pick_plan(packed, B, N, D, itemsize, backward, multiprocessors, limits)

@@ -180,17 +180,19 @@ def _search_frames(predictor, frames, batch_size, margin, passes):
 
     def look(which, boxes, part):
         nonlocal seconds
-        chosen = {number: np.flatnonzero(which == number) for number in np.unique(which)}  # frame -> its crops
-        for number, rows in chosen.items():
-            if boxes is not None:
-                frames[number].crop(boxes[rows], predictor.size)
-            elif part != 1:
-                frames[number].crop(frames[number].boxes, predictor.size, margin * part)
-        if boxes is not None or part != 1:
-            seconds += _predict_frames(predictor, [frames[number] for number in chosen], batch_size)
-        order = np.argsort(np.concatenate(list(chosen.values())))
-        coords, scores = zip(*((frames[number].coords, frames[number].scores) for number in chosen), strict=True)
-        return np.concatenate(coords)[order], np.concatenate(scores)[order]
+        rows = {number: np.flatnonzero(which == number) for number in np.unique(which)}  # frame -> its crops
+        looked_at = [frames[number] for number in rows]
+        if boxes is not None or part != 1:  # otherwise predicted already
+            for frame, own in zip(looked_at, rows.values(), strict=True):
+                if boxes is None:
+                    frame.crop(frame.boxes, predictor.size, margin * part)
+                else:
+                    frame.crop(boxes[own], predictor.size)
+            seconds += _predict_frames(predictor, looked_at, batch_size)
+        order = np.argsort(np.concatenate(list(rows.values())))
+        coords = np.concatenate([frame.coords for frame in looked_at])
+        scores = np.concatenate([frame.scores for frame in looked_at])
+        return coords[order], scores[order]
 
     coords, scores = search(look, len(frames), passes)
     for frame, joints, confidence in zip(frames, coords, scores, strict=True):
