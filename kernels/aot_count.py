@@ -85,6 +85,8 @@ def check_budget(usages):
             if usage.instructions > limit.get("instructions", usage.instructions):
                 most = limit["instructions"]
                 bad.append(f"{limit['what']}: {usage.instructions} warp instructions, at most {most}")
+            if usage.registers > limit.get("registers", usage.registers):
+                bad.append(f"{limit['what']}: {usage.registers} registers, at most {limit['registers']}")
             if usage.rate < limit.get("rate", 0):
                 bad.append(f"{limit['what']}: {usage.rate:.1f} bytes per cycle, at least {limit['rate']}")
         known = budget["counts"].get(f"{usage.name} sm_{usage.arch} {usage.config}")

@@ -135,44 +135,48 @@ __device__ __forceinline__ void update_vector(const LoadVector<In>& loaded, cons
     }
 }
 
+// The mirrored position of vector v within its row; a row has `row` vectors.
+__device__ __forceinline__ int mirrored(int v, int row) { return v + row - 1 - 2 * (v % row); }
+
 // Updates the peak with the pixels of the map, averaged with the flipped map if there is one, using 16-byte loads, of
-// which kInFlight are in flight at a time.
+// which kInFlight are in flight at a time. A warp reads kInFlight * kWarp consecutive vectors per round, so that the
+// addresses of a thread's loads differ by constants, which are encoded in the instructions.
 template <bool kFlipped, int kInFlight, class In, class T>
 __device__ __forceinline__ void search_vectors(const MapView<In>& map, int count, int row, const ThreadGroup& group,
                                                RunningPeak<T>& peak) {
     const LoadVector<In>* vectors = reinterpret_cast<const LoadVector<In>*>(map.map);
     const LoadVector<In>* flipped = reinterpret_cast<const LoadVector<In>*>(map.flipped);
-    int v = group.rank;
+    const int round = kInFlight * group.size;
+    int v = group.rank / kWarp * kInFlight * kWarp + group.rank % kWarp, end = round;
 #pragma unroll 1
-    for (; v < count - (kInFlight - 1) * group.size; v += kInFlight * group.size) {
+    for (; end <= count; end += round, v += round) {
         LoadVector<In> loaded[kInFlight], loaded_flipped[kInFlight];
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
-            const int w = v + u * group.size;
-            loaded[u] = vectors[w];
-            if (kFlipped) loaded_flipped[u] = flipped[w / row * row + (row - 1 - w % row)];
+            loaded[u] = vectors[v + u * kWarp];
+            if (kFlipped) loaded_flipped[u] = flipped[mirrored(v + u * kWarp, row)];
         }
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u)
-            update_vector<kFlipped>(loaded[u], loaded_flipped[u], v + u * group.size, peak);
+        for (int u = 0; u < kInFlight; ++u) update_vector<kFlipped>(loaded[u], loaded_flipped[u], v + u * kWarp, peak);
     }
+    v = end - round + group.rank;
 #pragma unroll 1
     for (; v < count; v += group.size) {
         LoadVector<In> loaded = vectors[v], loaded_flipped;
-        if (kFlipped) loaded_flipped = flipped[v / row * row + (row - 1 - v % row)];
+        if (kFlipped) loaded_flipped = flipped[mirrored(v, row)];
         update_vector<kFlipped>(loaded, loaded_flipped, v, peak);
     }
 }
 
 // The maximum over the calling thread's share of the map.
-template <class In, class T>
+template <bool kFlipped, class In, class T>
 __device__ __forceinline__ RunningPeak<T> search(const MapView<In>& map, int H, int W, const ThreadGroup& group) {
     constexpr int V = LoadVector<In>::kSize;
     const int n = H * W;
     RunningPeak<T> peak = {-static_cast<T>(INFINITY), 0, false};
     int p = group.rank;
     if (map.stride_x == 1 && map.stride_y == W && aligned(map.map)) {
-        if (!map.flipped) {
+        if constexpr (!kFlipped) {
             search_vectors<false, 4>(map, n / V, W, group, peak);
             p += n / V * V;
         } else if (map.flipped_stride_x == 1 && map.flipped_stride_y == W && aligned(map.flipped) && W % V == 0 &&
@@ -278,15 +282,18 @@ __device__ Step<T> blur_step(const MapView<In>& map, const DecodeLaunch<T>& laun
 
 __host__ __device__ constexpr bool uses_blur(Refine refine) { return refine >= Refine::dark; }
 
-// Blocks of kMaxBlockThreads per multiprocessor. There is one kernel per refinement: without a blur, 48 registers
-// suffice for four loads of 16 bytes in flight, 80 KB per multiprocessor; with 40, float32 spills 4 bytes.
+// Blocks of kMaxBlockThreads per multiprocessor, as many as possible without spills. There is one kernel per
+// refinement, with and without flipped maps. Without a blur and flipped maps, 40 registers suffice for four loads of 16
+// bytes in flight, 96 KB per multiprocessor.
 template <class In>
-constexpr int min_blocks(Refine refine) {
-    return uses_blur(refine) || sizeof(In) == 8 ? 3 : 5;
+constexpr int min_blocks(Refine refine, bool flipped) {
+    if (sizeof(In) == 8) return 3;
+    if (uses_blur(refine)) return flipped ? 3 : 4;
+    return flipped ? 5 : 6;
 }
 
-template <Refine refine, class In, class T>
-__global__ void __launch_bounds__(kMaxBlockThreads, min_blocks<In>(refine))
+template <Refine refine, bool kFlipped, class In, class T>
+__global__ void __launch_bounds__(kMaxBlockThreads, min_blocks<In>(refine, kFlipped))
     decode_kernel(const __grid_constant__ DecodeLaunch<T> launch) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
     const DecodeCall& call = launch.call;
@@ -298,8 +305,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads, min_blocks<In>(refine))
     const int64_t m = static_cast<int64_t>(blockIdx.x) * groups + group_in_block;
     if (m >= call.B * launch.num_joints) return;  // past the last map: several warps share the last block
     const int64_t b = m / launch.num_joints, joint = m % launch.num_joints, k = launch.first_joint + joint;
-    const MapView<In> map(call, b, k, call.flipped ? launch.swap[joint] : 0);
-    RunningPeak<T> peak = reduce(group, search<In, T>(map, call.H, call.W, group), shared);
+    MapView<In> map(call, b, k, kFlipped ? launch.swap[joint] : 0);
+    if (!kFlipped) map.flipped = nullptr;  // as it is, but known to the compiler
+    RunningPeak<T> peak = reduce(group, search<kFlipped, In, T>(map, call.H, call.W, group), shared);
     if (peak.nan) peak.value = NAN, peak.index = 0;
     const int x = peak.index % call.W, y = peak.index / call.W;
     Step<T> step = {0, 0};
@@ -319,17 +327,17 @@ void check(cudaError_t status) {
         throw std::runtime_error(std::string("decode_heatmaps on CUDA: ") + cudaGetErrorString(status));
 }
 
-template <class In, class T>
+template <class In, class T, bool kFlipped>
 auto kernel_for(Refine refine) {
     switch (refine) {
         case Refine::quarter:
-            return &decode_kernel<Refine::quarter, In, T>;
+            return &decode_kernel<Refine::quarter, kFlipped, In, T>;
         case Refine::dark:
-            return &decode_kernel<Refine::dark, In, T>;
+            return &decode_kernel<Refine::dark, kFlipped, In, T>;
         case Refine::dark_udp:
-            return &decode_kernel<Refine::dark_udp, In, T>;
+            return &decode_kernel<Refine::dark_udp, kFlipped, In, T>;
         default:
-            return &decode_kernel<Refine::none, In, T>;
+            return &decode_kernel<Refine::none, kFlipped, In, T>;
     }
 }
 
@@ -354,6 +362,7 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
     }
     const size_t shared_bytes = groups * (sizeof(GroupStorage<T>) + launch.buffer * sizeof(T));
 
+    const auto kernel = call.flipped ? kernel_for<In, T, true>(call.refine) : kernel_for<In, T, false>(call.refine);
     const int64_t step = call.flipped ? kLaunchJoints : call.K;
     for (int64_t first = 0; first < call.K; first += step) {
         launch.first_joint = first;
@@ -365,8 +374,8 @@ void launch_all(const DecodeCall& call, cudaStream_t stream) {
         if (blocks > INT32_MAX)
             throw std::runtime_error("decode_heatmaps on CUDA: expected at most 2^31 - 1 blocks, got " +
                                      std::to_string(blocks));
-        check(cudaLaunchKernel(kernel_for<In, T>(call.refine), dim3(static_cast<unsigned>(blocks)), dim3(threads),
-                               arguments, shared_bytes, stream));
+        check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, shared_bytes,
+                               stream));
     }
 }
 
