@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from amil_fast import adjust_pool
 from amil_fast.ops.decode_heatmaps_reference import blur, log_blurred
 from amil_fast.ops.flip import flip_maps
 
@@ -18,6 +19,25 @@ def random_bags(B, N, D, seed=0, dtype=torch.float64):
     """Returns instances whose logits span a few units, so that the weights are neither uniform nor one-hot."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(B, N, D, generator=generator, dtype=torch.float64) * 2 / D**0.5).to(dtype)
+
+
+def random_lengths(B, N, seed=0):
+    """Returns random lengths that include N (first) and 0 (last)."""
+    lengths = torch.randint(0, N + 1, (B,), generator=torch.Generator().manual_seed(seed))
+    lengths[0], lengths[-1] = N, 0
+    return lengths
+
+
+def pool_and_grad(x, seed=1, with_weights=True, **kwargs):
+    """Returns ``[bag, weights, gradient of x]`` for random upstream gradients of all outputs."""
+    x = x.clone().requires_grad_()
+    outputs = adjust_pool(x, return_weights=with_weights, **kwargs)
+    outputs = outputs if with_weights else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    (grad,) = torch.autograd.grad([o for o, _ in pairs], x, [g for _, g in pairs])
+    return [o.detach() for o in outputs] + [grad]
 
 
 def make_maps(kind, shape, seed=0, dtype=torch.float32):

@@ -1,7 +1,4 @@
-"""Generator and discriminator: forward pass against the equations, save and load, torch.compile and torch.export."""
-
-import dataclasses
-import json
+"""Generator and discriminator: forward pass against the equations, torch.compile and torch.export."""
 
 import pytest
 import torch
@@ -10,11 +7,12 @@ from torch.nn import functional as F
 
 from amil_fast import PoseDiscriminator, PoseGenerator, adjust_pool
 from amil_fast.nn import POOLINGS
-from amil_fast.pose import PoseOutput, Skeleton, error_map
+from amil_fast.pose import PoseOutput, error_map
 from amil_fast.pose.codec import encode_targets
-from amil_fast.pose.models.backbones import Hourglass, make_backbone
+from amil_fast.pose.models.backbones import Hourglass
 from amil_fast.pose.models.regions import RegionBlock, as_maps, probability, regions, softmax_heatmaps
-from amil_fast.pose.skeletons import COCO17, LSP14, MPII16, get_skeleton
+from amil_fast.pose.skeletons import COCO17, LSP14
+from tests.pose.helpers import randomize
 
 SMALL = {"input_size": 64, "features": 16}
 
@@ -23,17 +21,6 @@ SMALL = {"input_size": 64, "features": 16}
 def generator():
     torch.manual_seed(0)
     return PoseGenerator(**SMALL).eval()
-
-
-def randomize(module, seed=0):
-    """Perturbs biases and statistics: scores of a new network are nearly constant."""
-    rng = torch.Generator().manual_seed(seed)
-    for name, value in module.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 1.5, generator=rng)
-        elif value.is_floating_point() and value.dim() <= 1:
-            value.add_(0.3 * torch.randn(value.shape, generator=rng))
-    return module
 
 
 def test_region_block_follows_the_equations():
@@ -103,47 +90,6 @@ def test_regions_and_maps_are_inverse_views():
     assert as_maps(flat, 4, 5).equal(x)
 
 
-@pytest.mark.parametrize(
-    "backbone",
-    [
-        "resnet18",
-        "resnet18s",
-        "resnet34",
-        "resnet50",
-        "hourglass1",
-        "hourglass2",
-        "patchresnet8x2",
-        "patchresnet8x1-1-2-1",
-    ],
-)
-def test_backbones_give_a_quarter_of_the_resolution(backbone):
-    net = make_backbone(backbone, 16).eval()
-    with torch.no_grad():
-        assert net(torch.randn(1, 3, 64, 128)).shape == (1, 16, 16, 32)
-    with pytest.raises(ValueError, match=r"images: expected shape \(B, 3, H, W\) with H and W multiples of"):
-        net(torch.randn(1, 3, 72, 64))
-
-
-def test_patch_resnet():
-    """Widths, depths and strides of the stages; the features see the whole crop."""
-    net = make_backbone("patchresnet8x1-2-3-1", 16).eval()
-    stages = [net.layer1, net.layer2, net.layer3, net.layer4]
-    assert [len(stage) for stage in stages] == [1, 2, 3, 1]
-    assert [stage[-1].conv2.out_channels for stage in stages] == [8, 16, 32, 64]
-    assert [stage[0].conv1.stride[0] for stage in stages] == [1, 2, 2, 2]
-    assert net.stem.weight.shape == (8, 3, 4, 4) and net.stem.stride == (4, 4)
-    assert len(make_backbone("patchresnet8x2", 16).layer4) == 2
-    x = torch.randn(1, 3, 64, 64)
-    other = x.clone()
-    other[..., :4, :4] += 1
-    with torch.no_grad():
-        assert (net(x) - net(other))[..., -1, -1].abs().amax() > 1e-6
-    for shape in ("0x2", "32", "32x2-2", "32x2-2-0-2", "32x2-2-2-2-2"):
-        name = f"patchresnet{shape}"
-        with pytest.raises(ValueError, match=f"backbone: expected one of .* 'patchresnet32x2', .*, got '{name}'"):
-            make_backbone(name, 16)
-
-
 def test_softmax_heatmaps(tmp_path):
     """Heatmaps have the scale of the training target: a Gaussian with a maximum of 1."""
     target = encode_targets(torch.tensor([[[29.5, 25.5]]]), 64, heatmap_std=1.5, visible=torch.ones(1, 1))
@@ -164,34 +110,6 @@ def test_softmax_heatmaps(tmp_path):
         loaded = PoseGenerator.from_pretrained(tmp_path)
         with torch.no_grad():
             assert loaded.softmax_std == 1.5 and loaded(images).equal(heatmaps)
-
-
-# Number of parameters of torchvision's models without their classifier, from its documentation less 1000 (C + 1).
-@pytest.mark.parametrize(
-    ("name", "count"), [("resnet18", 11_176_512), ("resnet34", 21_284_672), ("resnet50", 23_508_032)]
-)
-def test_resnets_have_torchvisions_parameters(name, count, tmp_path):
-    from safetensors.torch import save_file
-
-    net = make_backbone(name, 8)
-    names = {key: value for key, value in net.state_dict().items() if not key.startswith(("lateral", "smooth"))}
-    parameters = [value for key, value in names.items() if "running" not in key and "num_batches" not in key]
-    assert sum(value.numel() for value in parameters) == count
-    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv2.weight", "layer4.1.bn1.bias"} <= names.keys()
-    assert "layer2.0.downsample.0.weight" in names and "layer2.0.downsample.1.running_var" in names
-
-    stored = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in names.items()}
-    stored["fc.weight"] = torch.zeros(3, 3)
-    save_file({key: value.contiguous() for key, value in stored.items()}, tmp_path / "resnet.safetensors")
-    net.load_resnet(tmp_path / "resnet.safetensors")
-    assert net.layer1[0].conv1.weight.equal(stored["layer1.0.conv1.weight"])
-    del stored["layer3.0.conv1.weight"]
-    save_file({key: value.contiguous() for key, value in stored.items()}, tmp_path / "less.safetensors")
-    with pytest.raises(ValueError, match=r"1 parameters differ, first layer3.0.conv1.weight"):
-        net.load_resnet(tmp_path / "less.safetensors")
-    (tmp_path / "pickle.pth").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match="expected a safetensors file of ResNet weights"):
-        net.load_resnet(tmp_path / "pickle.pth")
 
 
 def test_generator_and_its_forms(generator):
@@ -264,139 +182,6 @@ def test_error_map():
 
     heatmaps = torch.rand(2, 3, 4, 5)
     torch.testing.assert_close(error_map(Halves(), heatmaps), (heatmaps / 2).square().sum(1))
-
-
-@pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
-def test_save_and_load(build, tmp_path):
-    torch.manual_seed(0)
-    net = randomize(build("coco17", features=16, pooling="mean", mil_scale=0.7)).eval()
-    net.save_pretrained(tmp_path / "net", notes={"score": 1})
-    again = build.from_pretrained(tmp_path / "net")
-    assert not again.training and again.config == net.config
-    assert {n: v for n, v in again.state_dict().items() if not v.equal(net.state_dict()[n])} == {}
-    assert build.from_pretrained(str(tmp_path / "net" / "model.safetensors")).config == net.config
-    net.save_pretrained(tmp_path / "half", dtype=torch.float16)
-    half = build.from_pretrained(tmp_path / "half")
-    assert next(half.parameters()).dtype == torch.float32
-    size = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("half", "net")]
-    assert size[0] < 0.7 * size[1]
-    assert not list(tmp_path.rglob("*.partial"))
-    assert json.loads((tmp_path / "net" / "config.json").read_text())["notes"] == {"score": 1}
-
-
-def test_load_errors(tmp_path, generator):
-    with pytest.raises(ValueError, match=r"expected a folder with config.json and model.safetensors, config.json is m"):
-        PoseGenerator.from_pretrained(tmp_path)
-    generator.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="format: expected 'amil-pose-discriminator', got 'amil-pose-generator'"):
-        PoseDiscriminator.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected the files of a model of format 'amil-pose-generator'"):
-        PoseGenerator.from_pretrained(tmp_path, features=24)
-    assert PoseGenerator.from_pretrained(tmp_path, input_size=96).input_size == 96
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "version": 99}))
-    with pytest.raises(ValueError, match="version: expected at most 1, got 99"):
-        PoseGenerator.from_pretrained(tmp_path)
-    for damaged in ([], {**config, "arguments": None}, {"format": config["format"]}):
-        (tmp_path / "config.json").write_text(json.dumps(damaged))
-        with pytest.raises(ValueError, match=r"config\.json: expected a JSON object with 'format'"):
-            PoseGenerator.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: expected a JSON file"):
-        PoseGenerator.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="expected the files of a model"):
-        PoseGenerator.from_pretrained(tmp_path)
-
-
-def custom_skeleton(**changes):
-    """Five joints, the trunk of LSP."""
-    arguments = {
-        "name": "trunk",
-        "joints": ("right hip", "left hip", "right shoulder", "left shoulder", "neck"),
-        "short_names": ("rhip", "lhip", "rsho", "lsho", "neck"),
-        "limbs": ((0, 1), (2, 4), (3, 4)),
-        "groups": {"hip": (0, 1), "shoulder": (2, 3)},
-        "scored": (0, 1, 2, 3),
-        "normalizer_pairs": {"paper": (1, 2)},
-        "head_segment": (4, 4),
-        "head_factor": 0.5,
-        "derived": (4,),
-    }
-    return Skeleton(**{**arguments, **changes})
-
-
-@pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
-def test_save_and_load_with_a_custom_skeleton(build, tmp_path):
-    own = custom_skeleton()
-    net = build(own, features=16).eval()
-    net.save_pretrained(tmp_path)
-    again = build.from_pretrained(tmp_path)
-    for item in dataclasses.fields(Skeleton):
-        assert getattr(again.skeleton, item.name) == getattr(own, item.name), item.name
-    assert again.skeleton.flip_pairs == ((0, 1), (2, 3)) and again.config == net.config
-    again.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
-    heatmaps, images = torch.rand(1, 5, 16, 16), torch.randn(1, 3, 64, 64)
-    inputs = (images,) if build is PoseGenerator else (heatmaps, images)
-    with torch.no_grad():
-        assert again(*inputs).equal(net(*inputs)) and again(*inputs).shape == heatmaps.shape
-
-
-@pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
-def test_built_in_skeletons_are_stored_by_name(build, tmp_path):
-    build("mpii16", features=16).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["arguments"]["skeleton"] == "mpii16"
-    assert build.from_pretrained(tmp_path).skeleton is MPII16
-    # The name of a built-in skeleton does not make a custom one equal to it.
-    build(custom_skeleton(name="lsp14"), features=16).save_pretrained(tmp_path)
-    assert build.from_pretrained(tmp_path).skeleton.num_joints == 5
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"joints": None}, "joints: expected a list of names, got None"),
-        ({"joints": ["a", "a", "b", "c", "d"]}, "joints: expected unique names"),
-        ({"short_names": ["a"]}, "short_names: expected 5, one per joint, got 1"),
-        ({"limbs": [[0, 5]]}, r"limbs: expected 2 joint indices from 0 to 4, got \[0, 5\]"),
-        ({"limbs": [[0]]}, r"limbs: expected 2 joint indices from 0 to 4, got \[0\]"),
-        ({"limbs": 3}, "limbs: expected pairs of joint indices, got 3"),
-        ({"groups": {"hip": "ab"}}, r"groups\['hip'\]: expected joint indices from 0 to 4, got 'ab'"),
-        ({"groups": [1]}, "groups: expected a mapping of names"),
-        ({"scored": [-1]}, r"scored: expected joint indices from 0 to 4, got \[-1\]"),
-        ({"normalizer_pairs": {"paper": [0, 1, 2]}}, r"normalizer_pairs\['paper'\]: expected 2 joint indices"),
-        ({"head_segment": [0, 1.5]}, "head_segment: expected 2 joint indices"),
-        ({"head_factor": "big"}, "head_factor: expected None or a positive number, got 'big'"),
-        ({"name": ""}, "name: expected a non-empty string, got ''"),
-        ({"colors": []}, "unexpected keyword argument 'colors'"),
-        ("limbs", "missing 1 required positional argument: 'limbs'"),
-    ],
-)
-def test_damaged_skeleton_definitions(change, message):
-    definition = custom_skeleton().to_config()
-    assert get_skeleton(json.loads(json.dumps(definition))).to_config() == definition
-    if isinstance(change, dict):
-        definition.update(change)
-    else:
-        del definition[change]
-    with pytest.raises(ValueError, match=f"skeleton: expected the definition of a skeleton: .*{message}"):
-        get_skeleton(definition)
-
-
-@pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])
-def test_load_with_a_damaged_skeleton_definition(build, tmp_path):
-    build(custom_skeleton(), features=16).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["arguments"]["skeleton"]["limbs"] = [[0, 9]]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{tmp_path}: .* limbs: expected 2 joint indices from 0 to 4"):
-        build.from_pretrained(tmp_path)
-    config["arguments"]["skeleton"] = 7
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{tmp_path}: .* skeleton: expected one of 'lsp14', .*, got 7"):
-        build.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
