@@ -75,7 +75,7 @@ class AdjustPool(nn.Module):
                 detach_routing=self.detach_routing,
                 backend=self.backend,
             )
-        bag, weights = pool_bags(
+        return pool_bags(
             instances,
             bags.mask,
             None,
@@ -86,7 +86,6 @@ class AdjustPool(nn.Module):
             self.backend,
             bags.max_seqlen,
         )
-        return (bag, weights) if return_weights else bag
 
     def extra_repr(self) -> str:
         return (

@@ -1,7 +1,5 @@
 """Adjust pooling: the public function."""
 
-from collections.abc import Callable
-
 import torch
 
 from amil_fast.ops import backends
@@ -77,10 +75,9 @@ def adjust_pool(
     max_seqlen = check_max_seqlen(instances, cu_seqlens, max_seqlen)
     instances, mask, lengths, cu_seqlens = check_bags(instances, mask, lengths, cu_seqlens)
     check_settings(num_iters, return_weights, detach_routing, backend)
-    bag, weights = pool_bags(
+    return pool_bags(
         instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen
     )
-    return (bag, weights) if return_weights else bag
 
 
 def pool_bags(
@@ -93,22 +90,21 @@ def pool_bags(
     detach_routing: bool,
     backend: str,
     max_seqlen: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`adjust_pool` of bags in canonical form; the weights are meaningless unless ``return_weights``."""
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`adjust_pool` of bags in canonical form."""
+    bags = (mask, lengths, cu_seqlens)
     backend = backends.choose(backend, instances.device.type, SUPPORTED)
+    settings = (num_iters, return_weights, detach_routing, backend, max_seqlen)
     if backend == "reference":
         if instances.device.type == "cpu" and not torch.compiler.is_compiling():
             check_bag_values(instances, lengths, cu_seqlens, max_seqlen)
         bag, weights = adjust_pool_reference(
             instances, mask, lengths=lengths, cu_seqlens=cu_seqlens, num_iters=num_iters, detach_routing=detach_routing
         )
+    elif backends.dispatcher_has_work(instances, *bags):
+        bag, weights, _, _ = torch.ops.amil_fast.adjust_pool.default(instances, *bags, *settings)
+    elif instances.requires_grad and torch.is_grad_enabled():
+        return DirectAdjustPool.apply(instances, bags, settings)
     else:
-        call: Callable
-        if backends.dispatcher_has_work(instances, mask, lengths, cu_seqlens):
-            call = torch.ops.amil_fast.adjust_pool.default
-        else:
-            call = DirectAdjustPool.apply if instances.requires_grad and torch.is_grad_enabled() else run_forward
-        bag, weights, _, _ = call(
-            instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen
-        )
-    return bag, weights
+        bag, weights, _, _ = run_forward(instances, *bags, *settings)
+    return (bag, weights) if return_weights else bag

@@ -139,28 +139,21 @@ def _private_index(tensor):
     return tensor.clone() if tensor.dtype == torch.int64 else tensor.to(torch.int64)
 
 
-def _setup_context(ctx, inputs, output):
-    instances, mask, lengths, cu_seqlens, *settings = inputs
-    _save(ctx, (instances, *_private_copies(mask, lengths, cu_seqlens), *settings), output)
-
-
-def _save(ctx, inputs, output):
+def _save(ctx, inputs, sigma, softmax_stats):
     instances, mask, lengths, cu_seqlens, num_iters, return_weights, detach_routing, backend, max_seqlen = inputs
-    _, weights, sigma, softmax_stats = output
     ctx.set_materialize_grads(False)
     # The weights of the first iteration are 1/m; detached weights are constants by definition.
     ctx.constant_weights = not return_weights or detach_routing or num_iters == 1
-    ctx.mark_non_differentiable(*([weights] if ctx.constant_weights else []), sigma, softmax_stats)
     ctx.save_for_backward(instances, mask, lengths, cu_seqlens, sigma, softmax_stats)
     ctx.shape, ctx.dtype = instances.shape, instances.dtype
     ctx.num_iters, ctx.detach_routing, ctx.backend, ctx.max_seqlen = num_iters, detach_routing, backend, max_seqlen
 
 
-def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_softmax_stats):
+def _gradient(ctx, grad_bag, grad_weights):
+    """Gradient of the instances for a context filled by :func:`_save`."""
     instances, mask, lengths, cu_seqlens, sigma, softmax_stats = ctx.saved_tensors
-    no_grads = (None,) * 8  # for the other inputs
     if grad_bag is None and grad_weights is None:
-        return None, *no_grads
+        return None
     if instances.shape != ctx.shape or instances.dtype != ctx.dtype:
         raise RuntimeError(
             f"instances: expected shape {tuple(ctx.shape)} and dtype {ctx.dtype} of the forward pass in backward, got "
@@ -171,15 +164,14 @@ def _autograd(ctx, grad_bag, grad_weights, _grad_sigma, _grad_softmax_stats):
         saved = (instances, mask, lengths, cu_seqlens, sigma, softmax_stats)
         instances, mask, lengths, cu_seqlens, sigma, softmax_stats = unwrap_dead_wrappers(saved)
     if torch.is_grad_enabled() or (not direct and in_derivative_transform()):  # create_graph=True
-        return _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengths, cu_seqlens), *no_grads
+        return _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengths, cu_seqlens)
     if not direct:
         grad_bag, grad_weights = (
             g if g is None or g.layout is torch.strided else g.to_dense() for g in (grad_bag, grad_weights)
         )
     call = _run_backward if direct else torch.ops.amil_fast.adjust_pool_backward.default
     bags = (instances, mask, lengths, cu_seqlens)
-    grad = call(grad_bag, grad_weights, *bags, sigma, softmax_stats, ctx.detach_routing, ctx.backend, ctx.max_seqlen)
-    return grad, *no_grads
+    return call(grad_bag, grad_weights, *bags, sigma, softmax_stats, ctx.detach_routing, ctx.backend, ctx.max_seqlen)
 
 
 def _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengths, cu_seqlens):
@@ -198,16 +190,27 @@ def _differentiable_gradient(ctx, grad_bag, grad_weights, instances, mask, lengt
 
 
 class DirectAdjustPool(torch.autograd.Function):
-    """The operator without the dispatcher, whose overhead exceeds the arithmetic of small bags."""
+    """The operator without the dispatcher, whose overhead exceeds the arithmetic of small bags.
+
+    ``apply(instances, (mask, lengths, cu_seqlens), (num_iters, ..., max_seqlen))`` returns ``bag`` or, if requested,
+    ``(bag, weights)``. Tuples of inputs, and no outputs that nobody uses: each costs autograd about 2 us.
+    """
 
     @staticmethod
-    def forward(ctx, instances, mask, lengths, cu_seqlens, *settings):
-        inputs = (instances, *_private_copies(mask, lengths, cu_seqlens), *settings)
-        output = run_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
+    def forward(ctx, instances, bags, settings):
+        inputs = (instances, *_private_copies(*bags), *settings)
+        bag, weights, sigma, softmax_stats = run_forward(*inputs)
+        _save(ctx, inputs, sigma, softmax_stats)
+        _, return_weights, *_ = settings
+        if not return_weights:
+            return bag
+        if ctx.constant_weights:
+            ctx.mark_non_differentiable(weights)
+        return bag, weights
 
-    backward = staticmethod(_autograd)
+    @staticmethod
+    def backward(ctx, grad_bag, grad_weights=None):
+        return _gradient(ctx, grad_bag, grad_weights), None, None
 
 
 class _AdjustPool(torch.autograd.Function):
@@ -219,10 +222,15 @@ class _AdjustPool(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _setup_context(ctx, inputs, output)
+        instances, mask, lengths, cu_seqlens, *settings = inputs
+        _, weights, sigma, softmax_stats = output
+        _save(ctx, (instances, *_private_copies(mask, lengths, cu_seqlens), *settings), sigma, softmax_stats)
+        ctx.mark_non_differentiable(*([weights] if ctx.constant_weights else []), sigma, softmax_stats)
         ctx.save_for_forward(*ctx.to_save)
 
-    backward = staticmethod(_autograd)
+    @staticmethod
+    def backward(ctx, grad_bag, grad_weights, *_):
+        return _gradient(ctx, grad_bag, grad_weights), *[None] * 8
 
     @staticmethod
     def jvp(ctx, tangent, *_):
