@@ -22,6 +22,7 @@ from amil_fast.mil.training_setup import inner_split, make_accelerator, make_net
 from amil_fast.nn import FeatureStatistics
 from amil_fast.utils.errors import Interrupted
 from amil_fast.utils.files import publish, write_json
+from amil_fast.utils.history import append_row, drop_rows
 from amil_fast.utils.optional import require
 from amil_fast.utils.signals import StopRequest
 from amil_fast.utils.training_state import (
@@ -34,7 +35,6 @@ from amil_fast.utils.training_state import (
     save_state,
 )
 
-HISTORY = "history.jsonl"
 _FEWEST = 10  # bags of each class from which on the validation part alone determines the threshold
 
 
@@ -303,14 +303,15 @@ class BagTraining:
         require("tensorboard", "logs of training (or pass --no-tensorboard)")
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.out / "tensorboard"))
+        return SummaryWriter(
+            str(self.out / "tensorboard"), purge_step=self._progress["epoch"] + 1 if self._found else None
+        )
 
     def _log(self, row):
         if not self.main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / HISTORY).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self.out, row)
         text = f"epoch {row['epoch']}: loss {row['loss']:.4f}"
         if "validation_loss" in row:
             text += f", validation {row['validation_loss']:.4f}"
@@ -352,15 +353,15 @@ class BagTraining:
         load_optimizer(self._optimizer, part("optimizer", tensors))
         torch.set_rng_state(tensors["random"])
         self._progress = facts["progress"]
+        if self.main:
+            drop_rows(self.out, "epoch", self._progress["epoch"])
         if self.net.normalization is not None:
             # Absent in states that were saved before there was a choice.
             self.net.normalization.kind = self._progress.get("normalization", self.net.normalization.kind)
 
     def _stop_if_requested(self, saved=False):
         requested = bool(self.stop)
-        if (
-            self.accelerator.num_processes > 1
-        ):  # all processes must agree: one that stopped alone would block the others
+        if self.accelerator.num_processes > 1:  # a process that stopped alone would block the others
             total = torch.tensor(float(requested), device=self.accelerator.device)
             requested = bool(self.accelerator.reduce(total, "sum"))
         if not requested:

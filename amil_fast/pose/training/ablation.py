@@ -23,10 +23,10 @@ from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import headline, scores_of_groups
 from amil_fast.pose.training.config import TrainConfig, from_dict
 from amil_fast.pose.training.meter import NotFinite
-from amil_fast.pose.training.run_log import HISTORY
 from amil_fast.pose.training.trainer import train
 from amil_fast.utils.errors import Interrupted, RunFailed
 from amil_fast.utils.files import atomic_path, parse_json, read_json
+from amil_fast.utils.history import HISTORY
 from amil_fast.utils.processes import end_with_parent
 from amil_fast.utils.signals import StopRequest
 from amil_fast.utils.training_state import STATE, load_config

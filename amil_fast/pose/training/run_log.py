@@ -1,6 +1,5 @@
 """Console, ``history.jsonl`` and TensorBoard of a training run."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from amil_fast.pose.data.files import encode_image
-from amil_fast.utils.files import DataError, parse_json, write_bytes, write_text
-
-HISTORY = "history.jsonl"
+from amil_fast.utils.files import write_bytes
+from amil_fast.utils.history import append_row, drop_rows
 
 
 class RunLog:
@@ -43,7 +41,7 @@ class RunLog:
         self._task = self._progress.add_task("training", total=steps, completed=done, terms="")
         self._board: Any = None
         if main:
-            self._truncate_history(done)
+            drop_rows(self.out, "step", done)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -91,28 +89,13 @@ class RunLog:
         """Appends the numbers of an epoch to ``history.jsonl`` and prints them."""
         if not self.main:
             return
-        with open(self.out / HISTORY, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self.out, row)
         hidden = ("epoch", "step", "seconds", "samples", "unmeasured")
         terms = {name: value for name, value in row.items() if name not in hidden}
         text = "  ".join(f"{name} {'-' if value is None else number(value)}" for name, value in terms.items())
         if row.get("unmeasured"):
             text += f" ({row['samples']} people; {row['unmeasured']} without a normalizer left out)"
         self.message(f"epoch {row['epoch']}/{epochs}  {text}")
-
-    def _truncate_history(self, done):
-        """Drops the lines of steps that will be repeated, and a line cut off by a kill."""
-        path = self.out / HISTORY
-        if not path.is_file():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if parse_json(line, path, dict)["step"] <= done:
-                    kept.append(line + "\n")
-            except (DataError, KeyError, TypeError):
-                continue
-        write_text(path, "".join(kept))
 
 
 def number(value: float) -> str:
