@@ -303,9 +303,8 @@ class BagTraining:
         require("tensorboard", "logs of training (or pass --no-tensorboard)")
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(
-            str(self.out / "tensorboard"), purge_step=self._progress["epoch"] + 1 if self._found else None
-        )
+        repeated = self._progress["epoch"] + 1 if self._found else None
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=repeated)
 
     def _log(self, row):
         if not self.main:
