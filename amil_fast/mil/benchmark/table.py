@@ -168,6 +168,6 @@ def draw(path: str | os.PathLike, summary: dict[str, Any]) -> None:
     figure.axes[0].set_yticks(y, [row["label"] for row in rows], fontsize=8)
     figure.axes[0].invert_yaxis()
     if any("peeking" in row for row in rows):
-        figure.axes[-1].legend(fontsize=7, loc="lower left")
+        figure.legend(*figure.axes[-1].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower left")
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=110)
