@@ -234,8 +234,10 @@ def _backward_pass(inputs, T, detach_routing, max_seqlen, plan):
 
         iterations = range(T - 1, 0, -1)
         chunks.add_iterations(adjust_pool_backward_chunks_kernel, iterations, 1, sigma.dtype, per_iteration)
-        one_block = {"ONE_BLOCK": config.dot and 2 * T - 1 <= OUTER_TERMS.value}
-        chunks.add(adjust_pool_backward_write_kernel, one_block, per_iteration(first=True)[1])
+        tile = {"ONE_BLOCK": config.dot and 2 * T - 1 <= OUTER_TERMS.value}
+        if not config.dot and config.registers < MAX_REGISTERS:  # a whole tile spills on sm_100
+            tile["BLOCK_N"] = max(config.block_n // 2, 1)
+        chunks.add(adjust_pool_backward_write_kernel, tile, per_iteration(first=True)[1])
         launches += chunks.launches
     return tensors, launches
 
