@@ -35,7 +35,7 @@ def train(
     blocks: Annotated[int | None, typer.Option(help="MI-RNet blocks of the generator; 0 is the baseline.")] = None,
     adversarial: Annotated[bool | None, typer.Option(help="Train against a discriminator.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     workers: Annotated[int | None, typer.Option(help="Data loader processes.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, sample order and augmentation.")] = None,
     init: Annotated[

@@ -111,7 +111,7 @@ def test_parse_override(text, expected):
         ({"loss.heatmap": "softmax", "loss.mil": 1e-4}, r"loss\.mil: expected 0 with loss\.heatmap 'softmax'"),
         ({"loss.heatmap": "cross-entropy", "generator.blocks": 0}, r"loss\.heatmap: 'cross-entropy' needs .* got 0"),
         ({"loss.heatmap": "cross-entropy", "generator.mil_scale": 2}, r"loss\.heatmap: .*, got 2 and 2\.0"),
-        ({"run.precision": "fp8"}, r"run\.precision: expected one of fp32, bf16, fp16"),
+        ({"run.precision": "fp8"}, r"run\.precision: expected one of auto, fp32, bf16, fp16"),
     ],
 )
 def test_invalid_settings(settings, message):

@@ -277,6 +277,16 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("bf16", "amx", "expected"), [(False, False, "no"), (True, False, "bf16"), (False, True, "bf16")]
+)
+def test_automatic_precision_is_bf16_where_the_processor_multiplies_it(bf16, amx, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    run = training(tmp_path, run__precision="auto", run__device="cpu", schedule__epochs=1)
+    assert run.accelerator.mixed_precision == expected
+
+
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_low_precision(tmp_path, precision):
     run = training(tmp_path, run__precision=precision, schedule__epochs=1)

@@ -13,7 +13,7 @@ from typing import Any
 from amil_fast.pose.training.overrides import build, place
 from amil_fast.utils.limits import MAX_COUNT, MAX_CROP, MAX_DEPTH, MAX_ITERS, MAX_SEED, MAX_WIDTH
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # -> Accelerate's mixed_precision
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "inverse-time", "wsd")
 HEATMAP_LOSSES = ("l2", "cross-entropy", "softmax")
@@ -226,7 +226,8 @@ class RunConfig:
         seed: seed of weights, sample order and augmentation.
         device: ``"auto"`` or ``"cpu"``.
         threads: intra-op CPU threads; 0 for PyTorch's default. One is fastest on a shared CPU.
-        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (GPU only).
+        precision: ``"fp32"``, or autocast to ``"bf16"`` or ``"fp16"`` (GPU only); ``"auto"``: bf16 where the device
+            multiplies it in hardware (x86 with AVX-512 BF16 or AMX, CUDA from compute capability 8.0 on), else fp32.
         accumulation: number of parts a batch is split into to save memory.
         ema_decay: decay of the moving average of the generator's weights, which is evaluated and saved; 0 disables it.
         compile: apply ``torch.compile`` to the generator.

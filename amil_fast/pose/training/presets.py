@@ -52,7 +52,7 @@ PRESETS: types.MappingProxyType[str, TrainConfig] = types.MappingProxyType(
             optimizer=OptimizerConfig(name="adamw", lr=1e-3, weight_decay=0.01, clip=1.0),
             loss=LossConfig(adversarial=1e-4, mil=1e-4),
             schedule=ScheduleConfig(epochs=60, kind="cosine", warmup=1.0, final=0.01),
-            run=RunConfig(precision="bf16"),
+            run=RunConfig(precision="auto"),
         ),
         "demo": TrainConfig(
             generator=GeneratorConfig(features=64, blocks=1),
@@ -69,7 +69,7 @@ PRESETS: types.MappingProxyType[str, TrainConfig] = types.MappingProxyType(
             loss=LossConfig(heatmap="cross-entropy", adversarial=1e-4, mil=1e-4),
             schedule=ScheduleConfig(epochs=5, kind="cosine", warmup=0.5, final=0.01),
             # Left and right of the figures differ by color, which a flip does not exchange: no flip test.
-            run=RunConfig(precision="bf16", ema_decay=0.99, evaluate_every=2, flip_test=False),
+            run=RunConfig(precision="auto", ema_decay=0.99, evaluate_every=2, flip_test=False),
         ),
     }
 )

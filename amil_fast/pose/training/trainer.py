@@ -16,7 +16,7 @@ from amil_fast.pose import PoseGenerator, heatmap_loss
 from amil_fast.pose.data import PoseLoader
 from amil_fast.pose.data.loader import cores
 from amil_fast.pose.evaluation import Result
-from amil_fast.pose.training.config import PRECISIONS, TrainConfig
+from amil_fast.pose.training.config import TrainConfig
 from amil_fast.pose.training.meter import LossMeter, NotFinite, TrainingProgress
 from amil_fast.pose.training.networks import Networks
 from amil_fast.pose.training.run_folder import RunFolder
@@ -256,10 +256,11 @@ class PoseTraining:
         sizes = f"generator {_millions(networks.generator)}"
         if networks.discriminator is not None:
             sizes += f", discriminator {_millions(networks.discriminator)}"
+        precision = self.accelerator.mixed_precision
         self.log.message(
             f"{len(data.training)} people for training, {held_out} for validation; {sizes}; {config.schedule.epochs} "
             f"epochs of {self.epoch_steps} steps of {config.data.batch_size} crops of {config.data.input_size} px; "
-            f"{self.world} x {self.accelerator.device.type}, {config.run.precision}"
+            f"{self.world} x {self.accelerator.device.type}, {'fp32' if precision == 'no' else precision}"
         )
         if self.progress.step:
             self.log.message(f"resuming after step {self.progress.step}, in epoch {self.progress.epoch + 1}")
@@ -315,9 +316,19 @@ def _accelerator(config):
     cpu = run.device == "cpu" or not torch.accelerator.is_available()
     if run.precision == "fp16" and cpu:
         raise ValueError("run.precision: fp16 requires a GPU; bf16 is supported on all devices")
-    accelerator = Accelerator(mixed_precision=PRECISIONS[run.precision], cpu=cpu)
+    precision = _fastest_precision(cpu) if run.precision == "auto" else run.precision
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
     torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"
     return accelerator
+
+
+def _fastest_precision(cpu):
+    """bf16 or fp32; without instructions for it, bf16 takes ten times as long on a CPU."""
+    if cpu:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return "bf16" if fast else "fp32"
 
 
 def _millions(model):
