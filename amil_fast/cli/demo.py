@@ -46,7 +46,7 @@ def _show_figures(console, folder, seed, image):
 
     console.print(
         "\n[bold]Pose estimation on synthetic figures[/]: generator and discriminator, trained against each other. "
-        "This takes up to three minutes on two cores."
+        "This takes up to three minutes on two cores with AVX-512 BF16 or AMX, several times as long on others."
     )
     result = pose_demo.run(folder, console, seed=seed, image=image)
     console.print(
