@@ -18,8 +18,9 @@ from amil_fast.mil.packing import PackedLoader, default_workers, pack_by_size, s
 from amil_fast.mil.prediction import network_input, predict_bags
 from amil_fast.mil.settings import TrainSettings
 from amil_fast.mil.step_loss import bag_losses, class_weights, score_losses
-from amil_fast.mil.training_setup import inner_split, make_accelerator, make_network
+from amil_fast.mil.training_setup import inner_split, make_network
 from amil_fast.nn import FeatureStatistics
+from amil_fast.utils.accelerator import make_accelerator
 from amil_fast.utils.errors import Interrupted
 from amil_fast.utils.files import publish, write_json
 from amil_fast.utils.history import append_row, drop_rows
@@ -84,7 +85,7 @@ class BagTraining:
         self.bags, self.targets, self.settings, self.out = bags, targets, settings, Path(out)
         self._on_progress, self._on_message = on_progress, on_message
         self.train, self.validation = inner_split(bags, targets, np.asarray(train), validation, settings)
-        self.accelerator = make_accelerator(settings)
+        self.accelerator = make_accelerator(settings.device, settings.precision)
         self.main = self.accelerator.is_main_process
         self.stop = StopRequest()
         workers = settings.workers

@@ -1,26 +1,13 @@
-"""Preparation of a training run: network, accelerator, inner validation part."""
+"""Preparation of a training run: network and inner validation part."""
 
 from typing import Any
 
 import numpy as np
-import torch
 
 from amil_fast.mil.bag_sources import BagSource
 from amil_fast.mil.labels import LabeledBags, Targets, split_groups
 from amil_fast.mil.settings import TrainSettings
 from amil_fast.nn import MIRNet
-from amil_fast.utils.optional import require
-
-
-def make_accelerator(settings: TrainSettings) -> Any:
-    """``accelerate.Accelerator`` of a run: one process, unless started by torchrun or ``accelerate launch``."""
-    accelerate = require("accelerate", "training")
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
-    # Without cpu=True, processes under torchrun fail to connect on a machine without a GPU.
-    cpu = settings.device == "cpu" or not torch.accelerator.is_available()
-    return accelerate.Accelerator(mixed_precision="no" if settings.precision == "fp32" else "bf16", cpu=cpu)
 
 
 def make_network(source: BagSource, targets: Targets, train: np.ndarray, settings: TrainSettings) -> MIRNet:

@@ -65,8 +65,8 @@ def run(folder, console, *, seed=0, image=None, changes=None):
     folder = Path(folder)
     config = preset("demo").override({"run.seed": seed, **(changes or {})})
     last = folder / "pose" / "last"
-    if (last / STATE).is_file() and load_state(last)[1]["config"] != config.to_dict():
-        raise ValueError(f"{folder}: holds a demo with other settings (another --seed); choose another --out")
+    if (last / STATE).is_file():
+        _check_settings(folder, load_state(last)[1]["config"], config.to_dict())
     summary = train(config, folder / "pose", console, resume=True)
     generator = PoseGenerator.from_pretrained(folder / "pose" / "best")
     figures = training_data(config).validation
@@ -98,6 +98,17 @@ def run(folder, console, *, seed=0, image=None, changes=None):
     write_json(folder / "pose_scores.json", scores)
     written = [folder / name for name in ("pose_curves.png", *sheets, "pose_scores.json")]
     return PoseDemoResult(result.headline_score, len(figures), summary["seconds"], written)
+
+
+def _check_settings(folder, found, expected):
+    for section, values in expected.items():
+        for key, value in values.items():
+            other = found.get(section, {}).get(key)
+            if other != value:
+                raise ValueError(
+                    f"{folder}: holds a demo with other settings, {section}.{key} {other!r} instead of {value!r}; "
+                    "choose another --out"
+                )
 
 
 def _sheet(samples, skeleton, number=6):

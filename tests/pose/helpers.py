@@ -1,6 +1,16 @@
-"""Helper of the network tests."""
+"""Helpers of the network tests."""
 
 import torch
+
+from amil_fast.pose import PoseGenerator
+
+SMALL = {"input_size": 64, "features": 16}
+
+
+def small_generator():
+    """A generator with reproducible weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return PoseGenerator(**SMALL).eval()
 
 
 def randomize(module, seed=0):

@@ -9,15 +9,12 @@ import torch
 from amil_fast import PoseDiscriminator, PoseGenerator
 from amil_fast.pose import Skeleton
 from amil_fast.pose.skeletons import MPII16, get_skeleton
-from tests.pose.helpers import randomize
-
-SMALL = {"input_size": 64, "features": 16}
+from tests.pose.helpers import randomize, small_generator
 
 
 @pytest.fixture(scope="module")
 def generator():
-    torch.manual_seed(0)
-    return PoseGenerator(**SMALL).eval()
+    return small_generator()
 
 
 @pytest.mark.parametrize("build", [PoseGenerator, PoseDiscriminator])

@@ -12,15 +12,12 @@ from amil_fast.pose.codec import encode_targets
 from amil_fast.pose.models.backbones import Hourglass
 from amil_fast.pose.models.regions import RegionBlock, as_maps, probability, regions, softmax_heatmaps
 from amil_fast.pose.skeletons import COCO17, LSP14
-from tests.pose.helpers import randomize
-
-SMALL = {"input_size": 64, "features": 16}
+from tests.pose.helpers import SMALL, randomize, small_generator
 
 
 @pytest.fixture(scope="module")
 def generator():
-    torch.manual_seed(0)
-    return PoseGenerator(**SMALL).eval()
+    return small_generator()
 
 
 def test_region_block_follows_the_equations():

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from amil_fast.pose import PoseGenerator, heatmap_loss
@@ -25,6 +23,7 @@ from amil_fast.pose.training.step import Batch, OptimizationStep
 from amil_fast.pose.training.training_data import TrainingData, training_data
 from amil_fast.pose.training.validation import Validation
 from amil_fast.utils import training_state
+from amil_fast.utils.accelerator import make_accelerator
 from amil_fast.utils.errors import Interrupted
 from amil_fast.utils.files import write_json
 from amil_fast.utils.processes import end_process_group
@@ -72,7 +71,10 @@ class PoseTraining:
     ):
         self.config, self.out, self.console = config, Path(out), console
         self.on_step, self.on_save = on_step, on_save
-        self.accelerator = _accelerator(config)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.accelerator = make_accelerator(config.run.device, config.run.precision)
+        torch.backends.cudnn.benchmark = self.accelerator.device.type == "cuda"
         self.world = self.accelerator.num_processes
         found = (self.out / "last" / training_state.STATE).is_file()
         if found and not resume:
@@ -305,30 +307,6 @@ def train(config: TrainConfig, out: str | Path, console: Console, *, resume: boo
         return PoseTraining(config, out, console, resume=resume).run()
     finally:
         end_process_group()
-
-
-def _accelerator(config):
-    run = config.run
-    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    # Without cpu=True, processes under torchrun fail to connect on a machine without a GPU.
-    cpu = run.device == "cpu" or not torch.accelerator.is_available()
-    if run.precision == "fp16" and cpu:
-        raise ValueError("run.precision: fp16 requires a GPU; bf16 is supported on all devices")
-    precision = _fastest_precision(cpu) if run.precision == "auto" else run.precision
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
-    torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"
-    return accelerator
-
-
-def _fastest_precision(cpu):
-    """bf16 or fp32; without instructions for it, bf16 takes ten times as long on a CPU."""
-    if cpu:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    return "bf16" if fast else "fp32"
 
 
 def _millions(model):
