@@ -35,12 +35,13 @@ fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.files $(FUZZ_ARGS)
 
 # The operator tests and 20,000 random calls against an extension with address and undefined-behavior sanitizers, in
-# build/sanitize. SANITIZE=thread cannot be used: libgomp, which runs PyTorch's threads, is not instrumented.
+# build/sanitize. Left out: kernels of other compilers, and the test that limits the address space, in which the address
+# sanitizer deadlocks. SANITIZE=thread cannot be used: libgomp, which runs PyTorch's threads, is not instrumented.
 sanitize: install
 	AMIL_FAST_SANITIZE=address,undefined AMIL_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-temp build/sanitize.objects \
 		--build-lib build/sanitize
 	$(SANITIZED) $(BIN)/pytest -q --import-mode=append -o pythonpath=build/sanitize -p no:cacheprovider tests/ops \
-		-k "not triton and not aot and not inductor and not ddp and not cuda_on_cpu"
+		-k "not triton and not aot and not inductor and not ddp and not cuda_on_cpu and not memory_error_in_threads"
 	$(SANITIZED) $(BIN)/python -P -W ignore -m tests.fuzz.operators $(FUZZ_ARGS)
 
 # 100,000 calls of random sizes; fails if the resident memory grows. Minutes.
