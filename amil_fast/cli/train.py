@@ -17,7 +17,8 @@ def register(app):
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run: last/, best/, history.jsonl, tensorboard/.")],
     preset: Annotated[
-        str | None, typer.Option(help="paper-lsp, paper-mpii, lspet-small or demo (synthetic figures, no data needed).")
+        str | None,
+        typer.Option(help="paper-lsp, paper-mpii, lspet, lspet-small or demo (synthetic figures, no data needed)."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A train.json file of another run, instead of --preset.")] = None,
     dataset: Annotated[str | None, typer.Option(help="lsp, lspet, mpii, mpii-mat, coco or synthetic.")] = None,

@@ -63,7 +63,7 @@ def test_resume_keeps_the_settings_of_the_run(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--preset", "lspet"), "preset: expected one of paper-lsp, paper-mpii, lspet-small, demo, got 'lspet'"),
+        (("--preset", "lsp"), "preset: expected one of paper-lsp, paper-mpii, lspet-small, lspet, demo, got 'lsp'"),
         (
             ("--preset", "demo", "--set", "generator.bloks=1"),
             "generator.bloks: unknown setting, did you mean 'blocks'?",

@@ -12,7 +12,7 @@ from amil_fast.pose.training import PRESETS, ScheduleConfig, TrainConfig, from_d
 def test_presets_round_trip_through_json(name):
     chosen = preset(name)
     assert from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
-    assert chosen.adversarial
+    assert chosen.adversarial == (name != "lspet")
 
 
 def test_presets_match_table_2_of_the_paper():
@@ -122,5 +122,5 @@ def test_invalid_settings(settings, message):
 def test_invalid_names():
     with pytest.raises(ValueError, match=r"--set: expected section\.key=value, got 'optimizer\.lr'"):
         parse_override("optimizer.lr")
-    with pytest.raises(ValueError, match=r"preset: expected one of .*, got 'lspet', did you mean"):
-        preset("lspet")
+    with pytest.raises(ValueError, match=r"preset: expected one of .*, got 'lspet-smal', did you mean"):
+        preset("lspet-smal")

@@ -54,6 +54,25 @@ PRESETS: types.MappingProxyType[str, TrainConfig] = types.MappingProxyType(
             schedule=ScheduleConfig(epochs=60, kind="cosine", warmup=1.0, final=0.01),
             run=RunConfig(precision="auto"),
         ),
+        # The settings that reached the shipped generator's accuracy (docs/pose.md).
+        "lspet": TrainConfig(
+            generator=GeneratorConfig(backbone="patchresnet32x2-2-4-4", features=64, blocks=1, bag_scale=4.0),
+            discriminator=None,
+            data=DataConfig(
+                dataset="lspet",
+                split="all",
+                skip_bad=True,
+                holdout=500,
+                input_size=224,
+                batch_size=128,
+                augmentation="sports",
+                heatmap_std=1.5,
+            ),
+            optimizer=OptimizerConfig(name="adamw", lr=2e-3, weight_decay=0.05, clip=1.0),
+            loss=LossConfig(heatmap="softmax", swap_after=24, swap_margin=2.0),
+            schedule=ScheduleConfig(epochs=100, kind="wsd", warmup=1.0, final=0.01, decay=0.35),
+            run=RunConfig(precision="auto", ema_decay=0.998, either=True),
+        ),
         "demo": TrainConfig(
             generator=GeneratorConfig(features=64, blocks=1),
             discriminator=DiscriminatorConfig(features=32),
