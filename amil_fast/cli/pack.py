@@ -24,7 +24,10 @@ def pack(
     dataset: options.Dataset = None,
     root: options.Root = None,
     split: options.Split = None,
-    size: Annotated[int, typer.Option(min=16, max=MAX_CROP, help="Side of the crops in pixels, at least --input-size of the training.")] = 192,
+    size: Annotated[
+        int,
+        typer.Option(min=16, max=MAX_CROP, help="Side of the crops in pixels, at least --input-size of the training."),
+    ] = 192,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 76,
     room: Annotated[
         float | None,
