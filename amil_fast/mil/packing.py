@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -209,9 +210,8 @@ def _unmap_freed_blocks(_worker: int) -> None:
     which cannot shrink below a small block allocated after them: one worker held 13 bags on a busy machine, and holds
     at most 3 with a fixed threshold. Mapping every bag makes reading up to a quarter slower.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def default_workers(source: BagSource, processes: int = 1) -> int:
