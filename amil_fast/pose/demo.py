@@ -101,14 +101,17 @@ def run(folder, console, *, seed=0, image=None, changes=None):
 
 
 def _check_settings(folder, found, expected):
-    for section, values in expected.items():
-        for key, value in values.items():
-            other = found.get(section, {}).get(key)
-            if other != value:
-                raise ValueError(
-                    f"{folder}: holds a demo with other settings, {section}.{key} {other!r} instead of {value!r}; "
-                    "choose another --out"
-                )
+    found, expected = _flat(found), _flat(expected)
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{folder}: holds a demo with other settings, {name} {found.get(name)!r} instead of "
+                f"{expected.get(name)!r}; choose another --out"
+            )
+
+
+def _flat(config):
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in (values or {}).items()}
 
 
 def _sheet(samples, skeleton, number=6):

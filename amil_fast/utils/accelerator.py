@@ -16,19 +16,21 @@ def make_accelerator(device: str | None, precision: str) -> Any:
             in hardware, otherwise fp32.
 
     Raises:
-        ValueError: fp16 on a CPU.
         MissingDependency: accelerate is not installed.
     """
     accelerate = require("accelerate", "training")
     # An earlier run in this process may have used another precision.
     require("accelerate.state", "training", package="accelerate").AcceleratorState._reset_state()
     # Without cpu=True, processes under torchrun fail to connect on a machine without a GPU.
-    cpu = device == "cpu" or not torch.accelerator.is_available()
-    if precision == "fp16" and cpu:
-        raise ValueError("precision: fp16 requires a GPU; bf16 is supported on all devices")
+    cpu = uses_cpu(device)
     if precision == "auto":
         precision = _fastest_precision(cpu)
     return accelerate.Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+
+
+def uses_cpu(device: str | None) -> bool:
+    """Whether a run with this ``device`` is on the CPU; arguments as for :func:`make_accelerator`."""
+    return device == "cpu" or not torch.accelerator.is_available()
 
 
 def _fastest_precision(cpu):

@@ -73,7 +73,7 @@ def test_resume_keeps_the_settings_of_the_run(tiny, tmp_path):
         (("--preset", "lspet-small"), "data.root: 'lspet' requires the data set's folder (--root) or --archive"),
         (("--preset", "lspet-small", "--root", "nowhere"), "joints.mat: no such file"),
         (("--preset", "lspet-small", "--archive", "nothing.pack"), "nothing.pack: no such file"),
-        (("--preset", "demo", "--precision", "fp16"), "precision: fp16 requires a GPU"),
+        (("--preset", "demo", "--precision", "fp16"), "run.precision: fp16 requires a GPU"),
         (("--preset", "demo", "--init", "nowhere"), "nowhere: expected a folder with model.safetensors"),
         (("--preset", "demo", "--config", "x.json"), "expected --preset or --config, got both"),
         (("--config", "nowhere.json"), "nowhere.json"),

@@ -320,7 +320,7 @@ def test_loss_scaling_does_not_change_the_step(tmp_path):
 
 
 def test_fp16_requires_a_gpu(tmp_path):
-    with pytest.raises(ValueError, match="precision: fp16 requires a GPU"):
+    with pytest.raises(ValueError, match=r"run\.precision: fp16 requires a GPU"):
         training(tmp_path, run__precision="fp16")
 
 

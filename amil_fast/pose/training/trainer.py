@@ -23,7 +23,7 @@ from amil_fast.pose.training.step import Batch, OptimizationStep
 from amil_fast.pose.training.training_data import TrainingData, training_data
 from amil_fast.pose.training.validation import Validation
 from amil_fast.utils import training_state
-from amil_fast.utils.accelerator import make_accelerator
+from amil_fast.utils.accelerator import make_accelerator, uses_cpu
 from amil_fast.utils.errors import Interrupted
 from amil_fast.utils.files import write_json
 from amil_fast.utils.processes import end_process_group
@@ -73,6 +73,8 @@ class PoseTraining:
         self.on_step, self.on_save = on_step, on_save
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
+        if config.run.precision == "fp16" and uses_cpu(config.run.device):
+            raise ValueError("run.precision: fp16 requires a GPU; bf16 is supported on all devices")
         self.accelerator = make_accelerator(config.run.device, config.run.precision)
         torch.backends.cudnn.benchmark = self.accelerator.device.type == "cuda"
         self.world = self.accelerator.num_processes
