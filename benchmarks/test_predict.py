@@ -60,7 +60,7 @@ def test_predict(benchmark, photos, monkeypatch, precision, threads, batch, devi
     before = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
-    predictor = Predictor(load_model().to(memory_format=torch.channels_last), device=device)
+    predictor = Predictor(load_model(), device=device, dtype=getattr(torch, precision))
     network = Stopwatch(predictor.model, device)
     decoder = Stopwatch(module.decode_heatmaps, device)
     monkeypatch.setattr(predictor, "model", network)
@@ -74,8 +74,7 @@ def test_predict(benchmark, photos, monkeypatch, precision, threads, batch, devi
                 matrix = crop_matrix((0, 0, image.shape[1], image.shape[0]), predictor.size)
                 crops.append(torch.from_numpy(warp_crop(image, matrix, predictor.size)))
                 matrices.append(torch.from_numpy(matrix))
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-                coords, _ = predictor(torch.stack(crops), torch.stack(matrices))
+            coords, _ = predictor(torch.stack(crops), torch.stack(matrices))
         return coords
 
     try:

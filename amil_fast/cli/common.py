@@ -70,13 +70,18 @@ def make_predictor(
     flip_test: bool,
     refine: str,
     device: str | None,
+    precision: str,
 ):
     """:class:`~amil_fast.pose.inference.Predictor` of the network that the options name."""
     import torch
 
     from amil_fast.ops.decode_heatmaps import REFINEMENTS
     from amil_fast.pose.inference.predictor import Predictor, load_model
+    from amil_fast.utils.accelerator import fastest_precision
 
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision != "auto" and precision not in dtypes:
+        raise ValueError(f"precision: expected one of auto, {', '.join(dtypes)}, got {precision!r}")
     if refine not in REFINEMENTS:
         raise ValueError(f"refine: expected one of {', '.join(REFINEMENTS)}, got {refine!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +92,17 @@ def make_predictor(
     if model is not None and "" not in sys.path:
         sys.path.insert(0, "")  # modules in the current folder, as for `python -m`
     network = load_model(checkpoint, model)
-    return Predictor(network, skeleton=skeleton, size=size, flip_test=flip_test, refine=refine, device=device)
+    if precision == "auto":
+        precision = fastest_precision(torch.device(device).type == "cpu")
+    return Predictor(
+        network,
+        skeleton=skeleton,
+        size=size,
+        flip_test=flip_test,
+        refine=refine,
+        device=device,
+        dtype=dtypes[precision],
+    )
 
 
 def progress_bar(console, quiet):

@@ -39,6 +39,10 @@ FlipTest = Annotated[
     ),
 ]
 Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]
+Precision = Annotated[
+    str,
+    typer.Option(help="fp32, bf16, fp16, or auto: bf16 where the device multiplies it in hardware, otherwise fp32."),
+]
 Passes = Annotated[
     int,
     typer.Option(

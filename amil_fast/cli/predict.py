@@ -31,6 +31,7 @@ def predict(
     batch_size: options.Batch = 16,
     flip_test: options.FlipTest = True,
     refine: options.Refine = "dark",
+    precision: options.Precision = "fp32",
     passes: options.Passes = 2,
     overlays: Annotated[bool, typer.Option(help="Write images and videos with the poses drawn over them.")] = True,
     min_score: Annotated[float, typer.Option(help="Joints with lower scores are not drawn.")] = 0.1,
@@ -57,7 +58,7 @@ def predict(
 
     console, errors = Console(quiet=quiet), Console(stderr=True, soft_wrap=True)
     with progress_bar(console, quiet) as progress:
-        predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device)
+        predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device, precision)
         task = progress.add_task("images", total=None)
         summary = run(
             predictor,

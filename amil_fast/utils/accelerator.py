@@ -24,7 +24,7 @@ def make_accelerator(device: str | None, precision: str) -> Any:
     # Without cpu=True, processes under torchrun fail to connect on a machine without a GPU.
     cpu = uses_cpu(device)
     if precision == "auto":
-        precision = _fastest_precision(cpu)
+        precision = fastest_precision(cpu)
     return accelerate.Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
 
 
@@ -33,8 +33,8 @@ def uses_cpu(device: str | None) -> bool:
     return device == "cpu" or not torch.accelerator.is_available()
 
 
-def _fastest_precision(cpu):
-    """bf16 or fp32; without instructions for it, bf16 takes ten times as long on a CPU."""
+def fastest_precision(cpu: bool) -> str:
+    """``"bf16"`` or ``"fp32"``; without instructions for it, bf16 takes ten times as long on a CPU."""
     if cpu:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:

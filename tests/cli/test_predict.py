@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.helpers import COLOR_FINDER, small_lsp
 from tests.cli.helpers import amil_output as amil
@@ -24,6 +25,22 @@ def test_evaluate_reads_predictions_json(tmp_path):
     assert amil("evaluate", "--predictions", out / "predictions.json", *arguments) == ""
     content = json.loads((tmp_path / "s.json").read_text())
     assert content["samples"] == 6 and content["PCK@0.05"]["mean"] == 100
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision(tmp_path, monkeypatch, precision, dtype):
+    found = set()
+    forward = color_finder.ColorFinder.forward
+
+    def record(self, images):
+        found.add(images.dtype)
+        return forward(self, images)
+
+    monkeypatch.setattr(color_finder.ColorFinder, "forward", record)
+    make.picture(tmp_path / "in/a.jpg", 60, 50)
+    arguments = ["--model", COLOR_FINDER, "--out", tmp_path / "out", "--no-overlays", "--precision", precision]
+    amil("predict", tmp_path / "in", *arguments)
+    assert found == {dtype}
 
 
 def test_predict_reports_unreadable_inputs(tmp_path):
@@ -61,6 +78,7 @@ def test_interrupted_predict(tmp_path, monkeypatch):
             ["predict", "a.jpg", "--model", COLOR_FINDER, "--refine", "best"],
             "refine: expected one of none",
         ),
+        (["predict", "a.jpg", "--precision", "fp8"], "precision: expected one of auto, fp32, bf16, fp16"),
         (
             ["predict", "a.jpg", "--model", COLOR_FINDER, "--device", "tpu9"],
             "device: 'tpu9' cannot be used",

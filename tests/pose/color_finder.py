@@ -62,6 +62,11 @@ def person(rng, width=200, height=200, box=None):
     return joints * (w, h) + (x, y)
 
 
+def ground(width, height):
+    """Returns a plain BGR image."""
+    return np.full((height, width, 3), GROUND[::-1], np.uint8)
+
+
 def paint(image, joints, radius):
     """Draws the joints as dots of their colors on a BGR image, in place."""
     import cv2

@@ -1,7 +1,7 @@
 """Pose data sets (LSP, LSPET, MPII, COCO, videos, synthetic figures), augmentation, loaders and crop archives."""
 
 from amil_fast.pose.data.annotations import Annotations
-from amil_fast.pose.data.augment import SPORTS, STRONG, Augmentation, warp_batch, warp_crop
+from amil_fast.pose.data.augment import SPORTS, STRONG, STRONG_UPRIGHT, Augmentation, warp_batch, warp_crop
 from amil_fast.pose.data.boxes import Boxes
 from amil_fast.pose.data.coco import load_coco
 from amil_fast.pose.data.crop_archive import CropArchive, pack
@@ -40,6 +40,7 @@ __all__ = [
     "Augmentation",
     "SPORTS",
     "STRONG",
+    "STRONG_UPRIGHT",
     "warp_batch",
     "warp_crop",
     # images and videos

@@ -3,6 +3,7 @@
 Parameters depend on (seed, epoch, index) only, not on the number of workers or the order of the samples.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,8 @@ STRONG = Augmentation(
     tint=0.12,
     cutouts=2,
 )
+# The same without rotations by any angle.
+STRONG_UPRIGHT = dataclasses.replace(STRONG, any_rotation=0.0)
 
 
 def color_matrix(

@@ -1,6 +1,8 @@
 """From crops to joints in image coordinates, with any network that returns heatmaps."""
 
+import copy
 import importlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from amil_fast.ops import decode_heatmaps
 from amil_fast.pose import PoseGenerator
@@ -27,7 +30,8 @@ class Predictor:
 
     Args:
         model: maps ``(B, 3, S, S)`` float to heatmaps ``(B, K, H, W)``; of a list, tuple or dict the last entry is
-            used. It is set to evaluation mode.
+            used. It is set to evaluation mode; a :class:`~amil_fast.pose.PoseGenerator` is copied, with its batch
+            normalization merged into the convolutions.
         skeleton: the joints; by default ``model.skeleton``.
         size: side S of the crops in pixels; by default ``model.input_size``.
         mean: mean of the normalization of crops in [0, 1]; by default ``model.mean``, else ImageNet's.
@@ -57,7 +61,10 @@ class Predictor:
         parameter = next(model.parameters(), torch.zeros(()))
         self.device = torch.device(device) if device is not None else parameter.device
         self.dtype = dtype or parameter.dtype
-        self.model = model.to(self.device, self.dtype).eval()
+        self.model = model.eval()
+        if isinstance(model, PoseGenerator):
+            self.model = _merge_batch_norm(model)
+        self.model = self.model.to(self.device, self.dtype)
         skeleton = getattr(model, "skeleton", None) if skeleton is None else skeleton
         self.size = int(getattr(model, "input_size", 0) if size is None else size)
         if skeleton is None:
@@ -120,6 +127,19 @@ class Predictor:
                 f"aspect ratio, got {shape or type(found).__name__}"
             )
         return found
+
+
+def _merge_batch_norm(generator):
+    """Returns a copy without batch normalization: its scale and shift become part of the convolution before it."""
+    generator = copy.deepcopy(generator)
+    for module in generator.modules():
+        # In the backbones of PoseGenerator, layers are registered in the order of their application.
+        children = list(module.named_children())
+        for (name, layer), (next_name, next_layer) in itertools.pairwise(children):
+            if isinstance(layer, nn.Conv2d) and isinstance(next_layer, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(layer, next_layer))
+                setattr(module, next_name, nn.Identity())
+    return generator
 
 
 def load_model(checkpoint: str | os.PathLike | None = None, factory: str | None = None) -> nn.Module:

@@ -94,7 +94,7 @@ class ResNetBackbone(_Pyramid):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """``(B, 3, H, W)`` -> ``(B, features, H/4, W/4)``; H and W are multiples of 32."""
         _check_multiple(images, 32)
-        return self._merge(F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1))
+        return self._merge(F.max_pool2d(F.relu(self.bn1(self.conv1(images)), inplace=True), 3, stride=2, padding=1))
 
     def load_resnet(self, path: str | os.PathLike) -> None:
         """Loads ImageNet weights of the same ResNet.
@@ -136,8 +136,9 @@ class _BasicBlock(nn.Module):
         self.downsample = _shortcut(width, channels, stride)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x))
+        return F.relu(y, inplace=True)
 
 
 class _Bottleneck(nn.Module):
@@ -154,9 +155,10 @@ class _Bottleneck(nn.Module):
         self.downsample = _shortcut(width, channels * self.expansion, stride)
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x))
+        return F.relu(y, inplace=True)
 
 
 _RESNETS: dict[str, tuple[type[_BasicBlock] | type[_Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
@@ -192,7 +194,7 @@ class PatchResNetBackbone(_Pyramid):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """``(B, 3, H, W)`` -> ``(B, features, H/4, W/4)``; H and W are multiples of 32."""
         _check_multiple(images, 32)
-        return self._merge(F.relu(self.norm(self.stem(images))))
+        return self._merge(F.relu(self.norm(self.stem(images)), inplace=True))
 
 
 class HourglassBackbone(nn.Module):
@@ -285,7 +287,7 @@ def _shortcut(width, channels, stride):
 
 def _conv_norm_relu(width, features, size=3, stride=1):
     convolution = nn.Conv2d(width, features, size, stride=stride, padding=size // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(features), nn.ReLU())
+    return nn.Sequential(convolution, nn.BatchNorm2d(features), nn.ReLU(inplace=True))
 
 
 def _initialize(module):

@@ -17,7 +17,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "cosine", "inverse-time", "wsd")
 HEATMAP_LOSSES = ("l2", "cross-entropy", "softmax")
-AUGMENTATIONS = ("none", "default", "sports", "strong")
+AUGMENTATIONS = ("none", "default", "sports", "strong", "strong-upright")
 SYNTHETIC = "synthetic"  # data.dataset: synthetic figures instead of a data set of the registry
 
 
@@ -88,8 +88,8 @@ class DataConfig:
         skip_bad: skip invalid entries and list them instead of raising an error.
         input_size: side of the crops in pixels.
         batch_size: crops per optimization step, over all processes and accumulated parts.
-        augmentation: ``"none"``, ``"default"``, ``"sports"`` (rotations by any angle) or ``"strong"`` (larger ranges
-            and cutout).
+        augmentation: ``"none"``, ``"default"``, ``"sports"`` (rotations by any angle), ``"strong"`` (larger ranges and
+            cutout) or ``"strong-upright"`` (without rotations by any angle).
         heatmap_std: standard deviation of the target Gaussians in heatmap pixels.
         workers: loader processes per training process; None: one per core with a GPU, else one per eight cores.
         synthetic, synthetic_validation: number of synthetic figures.

@@ -5,11 +5,26 @@ from typing import Any
 
 import numpy as np
 
-from amil_fast.pose.data import SPORTS, STRONG, Augmentation, CropArchive, PoseDataset, SyntheticFigures, load
+from amil_fast.pose.data import (
+    SPORTS,
+    STRONG,
+    STRONG_UPRIGHT,
+    Augmentation,
+    CropArchive,
+    PoseDataset,
+    SyntheticFigures,
+    load,
+)
 from amil_fast.pose.skeletons import Skeleton
 from amil_fast.pose.training.config import SYNTHETIC, TrainConfig
 
-_AUGMENTATIONS = {"none": None, "default": Augmentation(), "sports": SPORTS, "strong": STRONG}
+_AUGMENTATIONS = {
+    "none": None,
+    "default": Augmentation(),
+    "sports": SPORTS,
+    "strong": STRONG,
+    "strong-upright": STRONG_UPRIGHT,
+}
 
 
 @dataclass
