@@ -69,6 +69,7 @@ def make_predictor(
     size: int | None,
     flip_test: bool,
     refine: str,
+    separate_sides: bool | None,
     device: str | None,
     precision: str,
 ):
@@ -100,6 +101,7 @@ def make_predictor(
         size=size,
         flip_test=flip_test,
         refine=refine,
+        separate_sides=separate_sides,
         device=device,
         dtype=dtypes[precision],
     )

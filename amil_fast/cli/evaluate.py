@@ -54,6 +54,7 @@ def evaluate(
     batch_size: options.Batch = 32,
     flip_test: options.FlipTest = True,
     refine: options.Refine = "dark",
+    separate_sides: options.SeparateSides = None,
     precision: options.Precision = "fp32",
     passes: options.Passes = 1,
     device: options.Device = None,
@@ -98,7 +99,9 @@ def evaluate(
         found = read_predictions(predictions, truth)
     elif truth.annotations is not None:
         people = truth.annotations
-        predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device, precision)
+        predictor = make_predictor(
+            checkpoint, model, skeleton, size, flip_test, refine, separate_sides, device, precision
+        )
         began = time.perf_counter()
         with progress_bar(console, quiet) as progress:
             task = progress.add_task("crops", total=num_crops(passes) * len(people))

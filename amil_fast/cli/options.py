@@ -39,6 +39,14 @@ FlipTest = Annotated[
     ),
 ]
 Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]
+SeparateSides = Annotated[
+    bool | None,
+    typer.Option(
+        "--separate-sides/--no-separate-sides",
+        help="Decode left and right joints together, so that they are rarely at the same place; by default for "
+        "networks whose heatmaps are probabilities, such as the shipped one.",
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(help="fp32, bf16, fp16, or auto: bf16 where the device multiplies it in hardware, otherwise fp32."),

@@ -31,6 +31,7 @@ def predict(
     batch_size: options.Batch = 16,
     flip_test: options.FlipTest = True,
     refine: options.Refine = "dark",
+    separate_sides: options.SeparateSides = None,
     precision: options.Precision = "fp32",
     passes: options.Passes = 2,
     overlays: Annotated[bool, typer.Option(help="Write images and videos with the poses drawn over them.")] = True,
@@ -58,7 +59,9 @@ def predict(
 
     console, errors = Console(quiet=quiet), Console(stderr=True, soft_wrap=True)
     with progress_bar(console, quiet) as progress:
-        predictor = make_predictor(checkpoint, model, skeleton, size, flip_test, refine, device, precision)
+        predictor = make_predictor(
+            checkpoint, model, skeleton, size, flip_test, refine, separate_sides, device, precision
+        )
         task = progress.add_task("images", total=None)
         summary = run(
             predictor,

@@ -9,6 +9,7 @@ from amil_fast.pose import PoseGenerator
 from amil_fast.pose.codec import crop_matrix
 from amil_fast.pose.data.augment import warp_crop
 from amil_fast.pose.inference.predictor import Predictor, load_model
+from amil_fast.pose.inference.sides import separate_sides
 from amil_fast.pose.skeletons import LSP14
 from tests.pose import color_finder
 from tests.pose.color_finder import ColorFinder, ground, paint, person
@@ -67,6 +68,62 @@ def test_low_precision(dtype):
     coords, scores = predictor(crop[None], torch.eye(2, 3)[None])
     assert coords.dtype == scores.dtype == torch.float32
     assert np.abs(coords[0].numpy() - joints).max() < 4
+
+
+def two_maxima(first, second, size=(24, 32)):
+    """A map with maxima of these heights at (8, 6) and (20, 15)."""
+    y, x = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    near, far = (torch.exp(-((x - a) ** 2 + (y - b) ** 2) / 4.5) for a, b in ((8, 6), (20, 15)))
+    return first * near + second * far
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_separate_sides(dtype):
+    maps = torch.zeros(4, 3, 24, 32)
+    maps[:, 1] = two_maxima(0.9, 0.0)  # joint 1 has no counterpart
+    maps[0, 0], maps[0, 2] = two_maxima(0.6, 0.35), two_maxima(0.5, 0.45)  # one of both moves
+    maps[1, 0], maps[1, 2] = two_maxima(0.5, 0.45), two_maxima(0.6, 0.35)  # the other one
+    maps[2, 0], maps[2, 2] = two_maxima(0.9, 0.02), two_maxima(0.9, 0.01)  # really at the same place
+    maps[3, 0], maps[3, 2] = two_maxima(0.9, 0.3), two_maxima(0.3, 0.9)  # at different places
+    maps = maps.to(dtype).to(memory_format=torch.channels_last)
+    before = maps.clone()
+    result = separate_sides(maps, [(0, 2)])
+    assert torch.equal(maps, before) and result.dtype == dtype and result.shape == maps.shape
+    index = result.flatten(2).argmax(2)
+    x, y = (index % 32)[:, [0, 2]].tolist(), (index // 32)[:, [0, 2]].tolist()
+    assert x == [[8, 20], [20, 8], [8, 8], [8, 20]] and y == [[6, 15], [15, 6], [6, 6], [6, 15]]
+    for sample, joint in ((0, 0), (1, 2), (2, 0), (2, 2), (3, 0), (3, 2)):
+        assert torch.equal(result[sample, joint], maps[sample, joint])
+    assert torch.equal(result[:, 1], maps[:, 1])
+    # Values around a selected maximum are kept for the refinement.
+    assert torch.equal(result[0, 2, 13:18, 18:23], maps[0, 2, 13:18, 18:23])
+    assert torch.equal(separate_sides(maps[3:], [(0, 2)]), maps[3:])  # no pair at the same place
+    assert torch.equal(separate_sides(maps[:0], [(0, 2)]), maps[:0])
+    assert torch.equal(separate_sides(maps, []), maps)
+
+
+def test_separate_sides_with_flip_test():
+    """Maps are averaged as by the decoder; on by default for maps that are probabilities."""
+
+    left, right = LSP14.index("left knee"), LSP14.index("right knee")
+
+    class Fixed(torch.nn.Module):
+        skeleton, input_size, softmax_std = "lsp14", 128, 1.5
+
+        def forward(self, images):
+            maps = torch.zeros(len(images), 14, 32, 32)
+            maps[:, left], maps[:, right] = two_maxima(0.6, 0.35, (32, 32)), two_maxima(0.5, 0.45, (32, 32))
+            flipped = images[0, 0, 0, 0] < images[0, 0, 0, -1]
+            return maps[:, list(LSP14.flip_index)].flip(-1) if flipped else maps
+
+    crop, to_image = torch.zeros(1, 3, 128, 128), torch.eye(2, 3)[None]
+    crop[..., 0] = 1
+    for flip_test in (False, True):
+        for separate, expected in ((None, [8, 20]), (False, [8, 8])):
+            predictor = Predictor(Fixed(), flip_test=flip_test, refine="none", separate_sides=separate)
+            coords, _ = predictor(crop, to_image)
+            assert (coords[0, [left, right], 0] / 4).floor().tolist() == expected
+    assert not Predictor(ColorFinder()).separate_sides
 
 
 def test_incompatible_networks():

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from amil_fast.ops import decode_heatmaps
 from amil_fast.pose import PoseGenerator
 from amil_fast.pose.codec import heatmap_to_image
+from amil_fast.pose.inference.sides import separate_sides
 from amil_fast.pose.skeletons import Skeleton, get_skeleton
 from amil_fast.utils.files import DataError
 from amil_fast.utils.limits import MAX_CROP
@@ -38,6 +39,9 @@ class Predictor:
         std: standard deviation of the normalization; by default ``model.std``, else ImageNet's.
         flip_test: average with the heatmaps of the flipped crop.
         refine: refinement of :func:`amil_fast.ops.decode_heatmaps`.
+        separate_sides: decode the joints of each pair together, for heatmaps that are proportional to probabilities
+            (:func:`~amil_fast.pose.inference.sides.separate_sides`); by default for a
+            :class:`~amil_fast.pose.PoseGenerator` with ``softmax_std``.
         device: of the network; by default that of its parameters.
         dtype: of the network; by default that of its parameters.
 
@@ -55,6 +59,7 @@ class Predictor:
         std: Sequence[float] | None = None,
         flip_test: bool = True,
         refine: str = "dark",
+        separate_sides: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -80,6 +85,7 @@ class Predictor:
             torch.as_tensor(value, dtype=torch.float32, device=self.device).reshape(-1, 1, 1) for value in (mean, std)
         )
         self.flip_test, self.refine = flip_test, refine
+        self.separate_sides = bool(getattr(model, "softmax_std", 0)) if separate_sides is None else separate_sides
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, to_image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,13 +108,18 @@ class Predictor:
         images = images.to(self.dtype)
         heatmaps = self._heatmaps(images)
         flipped = self._heatmaps(images.flip(-1)) if self.flip_test else None
+        if self.separate_sides:
+            if flipped is not None:
+                heatmaps = (heatmaps + flipped[:, list(self.skeleton.flip_index)].flip(-1)) / 2
+                flipped = None
+            heatmaps = separate_sides(heatmaps, self.skeleton.flip_pairs)
         stride = images.shape[-1] / heatmaps.shape[-1]
         affine = heatmap_to_image(to_image.to(self.device, torch.float32), stride)
         coords, scores = decode_heatmaps(
             heatmaps,
             refine=self.refine,
             flipped=flipped,
-            flip_pairs=self.skeleton.flip_pairs if self.flip_test else None,
+            flip_pairs=None if flipped is None else self.skeleton.flip_pairs,
             affine=affine,
         )
         return coords.cpu(), scores.cpu()
