@@ -40,7 +40,7 @@ class Predictor:
         flip_test: average with the heatmaps of the flipped crop.
         refine: refinement of :func:`amil_fast.ops.decode_heatmaps`.
         separate_sides: decode the joints of each pair together, for heatmaps that are proportional to probabilities
-            (:func:`~amil_fast.pose.inference.sides.separate_sides`); by default for a
+            (:func:`~amil_fast.pose.inference.separate_sides`); by default for a
             :class:`~amil_fast.pose.PoseGenerator` with ``softmax_std``.
         device: of the network; by default that of its parameters.
         dtype: of the network; by default that of its parameters.
