@@ -102,6 +102,17 @@ def test_separate_sides(dtype):
     assert torch.equal(separate_sides(maps, []), maps)
 
 
+def test_separate_sides_is_not_autocast():
+    """The values around a wide maximum differ by less than the precision of bfloat16."""
+    y, x = torch.meshgrid(torch.arange(24), torch.arange(32), indexing="ij")
+    wide = torch.exp(-((x - 8) ** 2 + (y - 6) ** 2) / 1000)
+    maps = torch.stack([0.6 * wide + two_maxima(0, 0.3), 0.5 * wide + two_maxima(0, 0.4)])[None]
+    expected = separate_sides(maps, [(0, 1)])
+    assert not torch.equal(expected, maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(separate_sides(maps, [(0, 1)]), expected)
+
+
 def test_separate_sides_with_flip_test():
     """Maps are averaged as by the decoder; on by default for maps that are probabilities."""
 

@@ -44,8 +44,9 @@ def separate_sides(heatmaps: torch.Tensor, flip_pairs: Sequence[tuple[int, int]]
     maps = heatmaps[sample, joint]  # (M, 2, H, W)
 
     kernel = torch.tensor(_GAUSSIAN, device=maps.device).expand(2, 1, 1, -1)
-    smooth = F.conv2d(maps.float().clamp(min=0), kernel, padding=(0, _RADIUS), groups=2)
-    smooth = F.conv2d(smooth, kernel.mT, padding=(_RADIUS, 0), groups=2)
+    with torch.autocast(maps.device.type, enabled=False):  # neighbors of a maximum must not be rounded to its value
+        smooth = F.conv2d(maps.float().clamp(min=0), kernel, padding=(0, _RADIUS), groups=2)
+        smooth = F.conv2d(smooth, kernel.mT, padding=(_RADIUS, 0), groups=2)
     # Two one-dimensional poolings take half the time of a square one on a CPU.
     highest = F.max_pool2d(smooth, (1, 2 * _RADIUS + 1), stride=1, padding=(0, _RADIUS))
     highest = F.max_pool2d(highest, (2 * _RADIUS + 1, 1), stride=1, padding=(_RADIUS, 0))
