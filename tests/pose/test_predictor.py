@@ -16,13 +16,16 @@ from tests.pose.color_finder import ColorFinder, ground, paint, person
 from tests.pose.helpers import randomize
 
 
+def painted_crop():
+    """Returns the joints ``(14, 2)`` of a person, a crop ``(1, 3, 128, 128)`` with them, and its matrix to the image."""
+    joints = person(np.random.default_rng(3), 128, 128)
+    crop = warp_crop(paint(ground(128, 128), joints, 4), crop_matrix((0, 0, 128, 128), 128), 128)
+    return joints, torch.from_numpy(crop)[None], torch.eye(2, 3)[None]
+
+
 def test_flip_test():
     """The flip test averages each heatmap with that of the opposite joint in the flipped crop."""
-    joints = person(np.random.default_rng(3), 128, 128)
-    crop = torch.from_numpy(warp_crop(paint(ground(128, 128), joints, 4), crop_matrix((0, 0, 128, 128), 128), 128))[
-        None
-    ]
-    to_image = torch.eye(2, 3)[None]
+    joints, crop, to_image = painted_crop()
     coords, scores = Predictor(ColorFinder(), flip_test=True)(crop, to_image)
     assert np.abs(coords[0].numpy() - joints).max() < 1.5
     without, plain = Predictor(ColorFinder(), flip_test=False)(crop, to_image)
@@ -61,11 +64,10 @@ def test_batch_normalization_is_merged(backbone):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     """Coordinates within the size of a heatmap pixel, four pixels of the crop."""
-    joints = person(np.random.default_rng(3), 128, 128)
-    crop = torch.from_numpy(warp_crop(paint(ground(128, 128), joints, 4), crop_matrix((0, 0, 128, 128), 128), 128))
+    joints, crop, to_image = painted_crop()
     predictor = Predictor(ColorFinder(), dtype=dtype)
     assert {value.dtype for value in predictor.model.parameters()} == {dtype}
-    coords, scores = predictor(crop[None], torch.eye(2, 3)[None])
+    coords, scores = predictor(crop, to_image)
     assert coords.dtype == scores.dtype == torch.float32
     assert np.abs(coords[0].numpy() - joints).max() < 4
 

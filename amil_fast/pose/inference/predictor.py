@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from amil_fast.ops import decode_heatmaps
+from amil_fast.ops import decode_heatmaps, flip_back
 from amil_fast.pose import PoseGenerator
 from amil_fast.pose.codec import heatmap_to_image
 from amil_fast.pose.inference.sides import separate_sides
@@ -110,7 +110,7 @@ class Predictor:
         flipped = self._heatmaps(images.flip(-1)) if self.flip_test else None
         if self.separate_sides:
             if flipped is not None:
-                heatmaps = (heatmaps + flipped[:, list(self.skeleton.flip_index)].flip(-1)) / 2
+                heatmaps = (heatmaps + flip_back(flipped, self.skeleton.flip_pairs)) / 2
                 flipped = None
             heatmaps = separate_sides(heatmaps, self.skeleton.flip_pairs)
         stride = images.shape[-1] / heatmaps.shape[-1]
