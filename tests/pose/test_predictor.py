@@ -17,7 +17,7 @@ from tests.pose.helpers import randomize
 
 
 def painted_crop():
-    """Returns the joints ``(14, 2)`` of a person, a crop ``(1, 3, 128, 128)`` with them, and its matrix to the image."""
+    """Returns the joints ``(14, 2)`` of a person, a crop ``(1, 3, 128, 128)`` with them, and its matrix."""
     joints = person(np.random.default_rng(3), 128, 128)
     crop = warp_crop(paint(ground(128, 128), joints, 4), crop_matrix((0, 0, 128, 128), 128), 128)
     return joints, torch.from_numpy(crop)[None], torch.eye(2, 3)[None]
