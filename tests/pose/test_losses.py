@@ -12,6 +12,7 @@ from amil_fast.pose import (
     adversarial_loss,
     choose_sides,
     discriminator_losses,
+    distillation_target,
     heatmap_loss,
     region_cross_entropy,
     region_loss,
@@ -149,6 +150,18 @@ def test_choose_sides():
     loss = float(softmax_cross_entropy(scores[1:2], target[1:2], valid[1:2]))
     assert not choose_sides(scores, target, valid, flip_index, margin=loss)[2].any()
     assert choose_sides(scores, target, valid, flip_index, margin=loss - 0.1)[2].tolist() == exchanged.tolist()
+
+
+def test_distillation_target():
+    """Both distributions have a sum of 1 before they are mixed; a map of zeros contributes nothing."""
+    target, heatmaps = maps(seed=1), 5 * maps(seed=2)
+    target[0, 0] = 0
+    mixed = distillation_target(target, heatmaps, 0.25)
+    assert torch.allclose(mixed.sum((-2, -1)), torch.tensor([[0.25, 1, 1], [1, 1, 1]]))
+    expected = 0.75 * target[1, 2] / target[1, 2].sum() + 0.25 * heatmaps[1, 2] / heatmaps[1, 2].sum()
+    torch.testing.assert_close(mixed[1, 2], expected)
+    with pytest.raises(ValueError, match=r"heatmaps: expected the shape of target, \(2, 3, 4, 5\), got \(1, 3, 4, 5\)"):
+        distillation_target(target, heatmaps[:1], 0.25)
 
 
 def test_region_loss_is_the_noisy_or_loss_of_the_regions():

@@ -174,6 +174,26 @@ def test_sides_are_exchanged_after_some_epochs(tmp_path, swap_after, exchanged, 
     assert all(loss > 0 for loss in losses[:5]) and (losses[5] == 0) == exchanged
 
 
+def test_self_distillation(tmp_path):
+    """The target is mixed with what the moving average predicts for the flipped crop, mapped back."""
+    settings = {"loss__heatmap": "softmax", "loss__mil": 0, "loss__distillation": 0.5, "data__synthetic_validation": 0}
+    run = training(tmp_path, discriminator=None, **settings)
+    generator = run.networks.generator
+    run.networks.average.module.load_state_dict(
+        {name: v + 0.1 if v.is_floating_point() else v for name, v in generator.state_dict().items()}
+    )
+    batch = next(iter(run.loader))
+    images, target, valid = run.optimization.prepare(batch)
+    with torch.no_grad():
+        found = run.networks.average.module(images.flip(-1))[:, list(run.data.skeleton.flip_index)].flip(-1)
+        target, found = (maps / maps.sum((-2, -1), keepdim=True).clamp(min=1e-30) for maps in (target, found))
+        scores = generator(images, all_blocks=True).scores
+        expected = softmax_cross_entropy(scores, (target + found) / 2, valid)
+        assert not torch.isclose(expected, softmax_cross_entropy(scores, target, valid), rtol=1e-2)
+    torch.testing.assert_close(run.train_step([batch])[0], expected)
+    assert all(parameter.grad is None for parameter in run.networks.average.parameters())
+
+
 def test_validation_with_either_pair(tmp_path):
     """More people have one of the two pairs annotated than the first."""
     measured = []

@@ -112,6 +112,25 @@ def choose_sides(
     return target, torch.where(exchanged[:, None], other_valid, valid), exchanged
 
 
+def distillation_target(target: torch.Tensor, heatmaps: torch.Tensor, weight: float) -> torch.Tensor:
+    """Mixture of annotated and predicted distributions, a target of :func:`softmax_cross_entropy`.
+
+    Args:
+        target: ``(B, K, h, w)``, non-negative.
+        heatmaps: ``(B, K, h, w)``, non-negative: the predictions of a teacher.
+        weight: of the predictions, 0 to 1.
+
+    Returns:
+        ``(B, K, h, w)`` float32, ``(1 - weight) target + weight heatmaps``, each normalized to a sum of 1 before; maps
+        without any positive value stay 0.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+    if target.shape != heatmaps.shape:
+        raise ValueError(f"heatmaps: expected the shape of target, {tuple(target.shape)}, got {tuple(heatmaps.shape)}")
+    return torch.lerp(_normalized(target.float()), _normalized(heatmaps.float()), weight)
+
+
 def region_loss(scores: torch.Tensor, valid: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Multiple-instance loss of the regions (Eq. 10-18).
 
@@ -230,9 +249,13 @@ def _softmax_divergence(scores, target, valid):
     """Kullback-Leibler divergence ``(..., B, K)`` of the softmax from the normalized target, 0 where not valid."""
     _check_maps("scores", scores, target, valid)
     log_q = F.log_softmax(_mask(scores.float(), valid).flatten(-2), -1)
-    t = _mask(target.float(), valid).flatten(-2)
-    t = t / t.sum(-1, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny)
+    t = _normalized(_mask(target.float(), valid)).flatten(-2)
     return torch.xlogy(t, t).sum(-1) - (t * log_q).sum(-1)
+
+
+def _normalized(maps):
+    """Maps divided by their sums; maps of zeros stay 0."""
+    return maps / maps.sum((-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
 def _count(valid, count):

@@ -147,6 +147,9 @@ class LossConfig:
         swap_after: number of epochs after which each pose is trained with the better of its labels and these with left
             and right exchanged (:func:`~amil_fast.pose.choose_sides`); None: always as annotated. Needs ``"softmax"``.
         swap_margin: least improvement, in nats per joint, for exchanging left and right.
+        distillation: weight, in the target, of the heatmaps that the moving average of the weights predicts for the
+            flipped crop (self-distillation): the network learns what the flip test would add. Needs ``"softmax"`` and
+            ``run.ema_decay``; costs one forward pass.
         adversarial: weight of the adversarial term (Chou et al.: 1e-4).
         mil: weight of the MIL loss (Eq. 10-18).
     """
@@ -154,6 +157,7 @@ class LossConfig:
     heatmap: str = "l2"
     swap_after: float | None = None
     swap_margin: float = 0.5
+    distillation: float = 0.0
     adversarial: float = 1e-4
     mil: float = 0.0
 
@@ -331,6 +335,13 @@ class TrainConfig:
             )
         if self.loss.swap_after is not None and self.loss.heatmap != "softmax":
             raise ValueError(f"loss.swap_after: needs loss.heatmap 'softmax', got {self.loss.heatmap!r}")
+        if not 0 <= self.loss.distillation <= 1:
+            raise ValueError(f"loss.distillation: expected 0 to 1, got {self.loss.distillation}")
+        if self.loss.distillation and (self.loss.heatmap != "softmax" or not self.run.ema_decay):
+            raise ValueError(
+                "loss.distillation: needs loss.heatmap 'softmax' and a positive run.ema_decay, got "
+                f"{self.loss.heatmap!r} and {self.run.ema_decay}"
+            )
         if self.loss.heatmap == "softmax" and self.loss.mil:
             raise ValueError(
                 "loss.mil: expected 0 with loss.heatmap 'softmax', whose regions are not independent, got "

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from amil_fast.ops import flip_back
 from amil_fast.pose import (
     adversarial_loss,
     choose_sides,
     discriminator_losses,
+    distillation_target,
     heatmap_loss,
     region_cross_entropy,
     region_loss,
@@ -135,6 +137,8 @@ class OptimizationStep:
             if weights.swap_after is not None and epoch >= weights.swap_after:
                 flip_index = self.data.skeleton.flip_index
                 target, valid, _ = choose_sides(output.scores, target, valid, flip_index, weights.swap_margin)
+            if weights.distillation:
+                target = distillation_target(target, self._predict_flipped(images), weights.distillation)
             heatmap = softmax_cross_entropy(output.scores, target, valid, count)
         elif weights.heatmap == "cross-entropy":
             heatmap = region_cross_entropy(output.scores, target, valid, count)
@@ -153,3 +157,10 @@ class OptimizationStep:
         loss = heatmap + weights.mil * mil + weights.adversarial * adversarial
         self.accelerator.backward(share * loss)
         return share * torch.stack([loss.detach(), heatmap.detach(), mil.detach(), real.detach(), fake.detach()])
+
+    @torch.no_grad()
+    def _predict_flipped(self, images):
+        """Heatmaps ``(B, K, h, w)`` of the moving average for the flipped crops, flipped back."""
+        with self.accelerator.autocast():
+            heatmaps = self.networks.average.module(images.flip(-1))
+        return flip_back(heatmaps, self.data.skeleton.flip_pairs)
