@@ -67,7 +67,7 @@ def make_predictor(
     model: str | None,
     skeleton: str | None,
     size: int | None,
-    flip_test: bool,
+    flip_test: bool | None,
     refine: str,
     separate_sides: bool | None,
     device: str | None,

@@ -33,9 +33,12 @@ Size = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, max=4096, help="Crops per call of the network.")]
 FlipTest = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--flip-test/--no-flip-test", "--mirror/--no-mirror", help="Average with the heatmaps of the flipped crop."
+        "--flip-test/--no-flip-test",
+        "--mirror/--no-mirror",
+        help="Average with the heatmaps of the flipped crop, in twice the time; by default unless the network was "
+        "trained without, as the shipped one.",
     ),
 ]
 Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]

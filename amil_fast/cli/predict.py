@@ -29,7 +29,7 @@ def predict(
     skeleton: options.SkeletonName = None,
     size: options.Size = None,
     batch_size: options.Batch = 16,
-    flip_test: options.FlipTest = True,
+    flip_test: options.FlipTest = None,
     refine: options.Refine = "dark",
     separate_sides: options.SeparateSides = None,
     precision: options.Precision = "fp32",

@@ -71,7 +71,7 @@ def run(folder, console, *, seed=0, image=None, changes=None):
     generator = PoseGenerator.from_pretrained(folder / "pose" / "best")
     figures = training_data(config).validation
     samples = predict_batches(
-        Predictor(generator, flip_test=config.run.flip_test),
+        Predictor(generator),
         PoseLoader(figures, 32, shuffle=False, workers=0),
         fields=(*TRUTH_FIELDS, "image", "joints"),
     )

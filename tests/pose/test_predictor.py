@@ -44,6 +44,15 @@ def test_flip_test():
     torch.testing.assert_close(half, plain / 2, rtol=0.05, atol=1e-3)  # the mean of the maps and zeros
 
 
+def test_default_of_the_flip_test(tmp_path):
+    """The network's attribute decides, through a saved generator as well; an argument overrides it."""
+    options = {"backbone": "patchresnet4x1", "input_size": 32, "features": 4}
+    PoseGenerator(**options, flip_test=False).save_pretrained(tmp_path)
+    generator = load_model(tmp_path)
+    assert not Predictor(generator).flip_test and Predictor(generator, flip_test=True).flip_test
+    assert Predictor(PoseGenerator(**options)).flip_test and Predictor(ColorFinder()).flip_test
+
+
 @pytest.mark.parametrize("backbone", ["resnet18s", "resnet50", "patchresnet16x1", "hourglass1"])
 def test_batch_normalization_is_merged(backbone):
     torch.manual_seed(0)

@@ -90,7 +90,7 @@ def test_synthetic_training_and_validation_figures_differ():
 
 
 def test_complete_run(tmp_path):
-    run = training(tmp_path / "run", run__tensorboard=True)
+    run = training(tmp_path / "run", run__tensorboard=True, run__flip_test=False)
     summary = run.run()
     out = tmp_path / "run"
     assert summary["step"] == 9 and summary == json.loads((out / "summary.json").read_text())
@@ -103,7 +103,7 @@ def test_complete_run(tmp_path):
     assert {"head", "wrist", "ankle", "mean"} <= summary["validation"]["PCK@0.2"].keys()
     for folder in ("best", "last"):
         model = load_model(out / folder)
-        assert model.skeleton.name == "lsp14" and model.input_size == 64
+        assert model.skeleton.name == "lsp14" and model.input_size == 64 and not model.flip_test
         assert json.loads((out / folder / "train.json").read_text()) == run.config.to_dict()
     # The moving average is saved, not the weights of the last step.
     shipped = load_file(out / "last" / "model.safetensors")

@@ -37,7 +37,8 @@ class Predictor:
         size: side S of the crops in pixels; by default ``model.input_size``.
         mean: mean of the normalization of crops in [0, 1]; by default ``model.mean``, else ImageNet's.
         std: standard deviation of the normalization; by default ``model.std``, else ImageNet's.
-        flip_test: average with the heatmaps of the flipped crop.
+        flip_test: average with the heatmaps of the flipped crop, which takes twice as long; by default
+            ``model.flip_test``, else True.
         refine: refinement of :func:`amil_fast.ops.decode_heatmaps`.
         separate_sides: decode the joints of each pair together, for heatmaps that are proportional to probabilities
             (:func:`~amil_fast.pose.inference.separate_sides`); by default for a
@@ -57,7 +58,7 @@ class Predictor:
         size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        flip_test: bool = True,
+        flip_test: bool | None = None,
         refine: str = "dark",
         separate_sides: bool | None = None,
         device: torch.device | str | None = None,
@@ -84,7 +85,8 @@ class Predictor:
         self._mean, self._std = (
             torch.as_tensor(value, dtype=torch.float32, device=self.device).reshape(-1, 1, 1) for value in (mean, std)
         )
-        self.flip_test, self.refine = flip_test, refine
+        self.flip_test = bool(getattr(model, "flip_test", True)) if flip_test is None else flip_test
+        self.refine = refine
         self.separate_sides = bool(getattr(model, "softmax_std", 0)) if separate_sides is None else separate_sides
 
     @torch.inference_mode()

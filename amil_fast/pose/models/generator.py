@@ -57,11 +57,13 @@ class PoseGenerator(nn.Module):
         mil_scale: λ of Eq. 12.
         softmax_std: standard deviation in heatmap pixels of the targets of
             :func:`~amil_fast.pose.softmax_cross_entropy`; 0 for heatmaps of independent regions (Eq. 12).
+        flip_test: whether :class:`~amil_fast.pose.inference.Predictor` averages with the heatmaps of the flipped crop by
+            default; does not change ``forward``.
         backend: backend of adjust pooling, see :func:`amil_fast.adjust_pool`.
 
     Attributes:
         skeleton: the :class:`~amil_fast.pose.Skeleton`.
-        input_size: as given.
+        input_size, flip_test: as given.
         stride: crop pixels per heatmap pixel, 4.
         mean, std: normalization of the RGB input, ImageNet's.
         config: JSON-serializable constructor arguments, without ``backend``.
@@ -85,6 +87,7 @@ class PoseGenerator(nn.Module):
         bag_scale: float = 1.0,
         mil_scale: float = 1.0,
         softmax_std: float = 0.0,
+        flip_test: bool = True,
         backend: str = "auto",
     ):
         super().__init__()
@@ -94,7 +97,8 @@ class PoseGenerator(nn.Module):
         if not softmax_std >= 0:
             raise ValueError(f"softmax_std: expected at least 0, got {softmax_std}")
         self.skeleton = get_skeleton(skeleton)
-        self.input_size, self.mil_scale, self.softmax_std = input_size, mil_scale, softmax_std
+        self.input_size, self.flip_test = input_size, flip_test
+        self.mil_scale, self.softmax_std = mil_scale, softmax_std
         # Without the backend, which belongs to the machine and not to the model.
         self.config = {
             "skeleton": self.skeleton.to_config(),
@@ -109,6 +113,7 @@ class PoseGenerator(nn.Module):
             "bag_scale": bag_scale,
             "mil_scale": mil_scale,
             "softmax_std": softmax_std,
+            "flip_test": flip_test,
         }
         K = self.skeleton.num_joints
         self.backbone = make_backbone(backbone, features)

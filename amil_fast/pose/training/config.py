@@ -240,7 +240,8 @@ class RunConfig:
         init: folder written by ``save_pretrained`` (or ``.safetensors`` file) that initializes the generator.
         log_every: steps between transfers of the losses from the device.
         evaluate_every: epochs between validations.
-        flip_test: validate with the flip test (average with the heatmaps of the flipped crop).
+        flip_test: average with the heatmaps of the flipped crop, in the validation and by default in predictions of the
+            trained generator.
         either: normalize the PCK of the validation by the flipped pair of joints where the pair is not annotated, which
             measures more people.
         overlays: number of validation crops drawn at each validation.

@@ -29,7 +29,7 @@ class Networks:
         run, device = config.run, accelerator.device
         self.config, self.accelerator = config, accelerator
         torch.manual_seed(run.seed)
-        options = dataclasses.asdict(config.generator)
+        options = dataclasses.asdict(config.generator) | {"flip_test": run.flip_test}
         if config.loss.heatmap == "softmax":
             options["softmax_std"] = config.data.heatmap_std
         generator = PoseGenerator(skeleton, config.data.input_size, **options)

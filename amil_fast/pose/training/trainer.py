@@ -108,7 +108,6 @@ class PoseTraining:
                 self.validation_loader,
                 self.data.skeleton,
                 self.accelerator,
-                flip_test=config.run.flip_test,
                 either=config.run.either,
                 stopped=lambda: bool(self.stop) and self.world == 1,
             )

@@ -23,7 +23,6 @@ class Validation:
         loader: this process's share of the validation data.
         skeleton: skeleton of the data.
         accelerator: precision and processes.
-        flip_test: average with the heatmaps of the flipped crop.
         either: normalize PCK by the flipped pair of joints where the pair is not annotated.
         stopped: called after each batch; True ends the validation without a result.
     """
@@ -34,12 +33,11 @@ class Validation:
         skeleton: Skeleton,
         accelerator: Accelerator,
         *,
-        flip_test: bool,
         either: bool = False,
         stopped: Callable[[], bool],
     ):
         self.loader, self.skeleton, self.accelerator = loader, skeleton, accelerator
-        self.flip_test, self.either, self.stopped = flip_test, either, stopped
+        self.either, self.stopped = either, stopped
 
     def __call__(
         self, model: Any, *, overlays: int = 0, full_precision: bool = False
@@ -55,7 +53,7 @@ class Validation:
             The scores, None if stopped; and the drawn crops ``(H, W, 3)`` uint8 BGR, None if there are none.
         """
         training = model.training
-        predictor = Predictor(model, flip_test=self.flip_test)
+        predictor = Predictor(model)
         tiles: list[np.ndarray] = []
 
         def on_batch(batch, coords):
