@@ -89,7 +89,7 @@ def decode_table(benchmarks):
 
 def predict_table(rows):
     lines = [
-        "| device, precision, threads, batch size | images/s | network (two passes) | decoding"
+        "| device, precision, threads, batch size | images/s | network | decoding"
         " | reading, cropping, rest |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -119,8 +119,8 @@ def cpu_report(results):
         lines += ["`decode_heatmaps`:", "", *decode, ""]
     predict = [b["extra_info"] for b in results["benchmarks"] if b["extra_info"].get("operator") == "predict"]
     if predict:
-        size = predict[0]["size"]
-        lines += [f"Image files to joints with the shipped generator ({size} px crops, flip test, DARK):", ""]
+        size, flip_test = predict[0]["size"], "flip test" if predict[0]["flip_test"] else "no flip test"
+        lines += [f"Image files to joints with the shipped generator ({size} px crops, {flip_test}, DARK):", ""]
         lines += [*predict_table(predict), ""]
     return "\n".join(lines)
 

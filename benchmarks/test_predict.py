@@ -1,7 +1,7 @@
 """End-to-end prediction from image files to joints with the shipped generator: images per second, shares of the time.
 
 One benchmark per precision, number of threads (1, all cores) and batch size (1, 16). An image is read, cropped and
-normalized, passes through the network twice (flip test), and its heatmaps are decoded with DARK to image coordinates.
+normalized, passes through the network, and its heatmaps are decoded with DARK to image coordinates.
 ``pytest benchmarks/test_predict.py --benchmark-only``
 """
 
@@ -92,6 +92,7 @@ def test_predict(benchmark, photos, monkeypatch, precision, threads, batch, devi
         threads=threads,
         batch=batch,
         size=predictor.size,
+        flip_test=predictor.flip_test,
         images_per_second=len(photos) / benchmark.stats.stats.median,
         share_network=network.seconds / whole,
         share_decoder=decoder.seconds / whole,
