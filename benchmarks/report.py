@@ -89,8 +89,7 @@ def decode_table(benchmarks):
 
 def predict_table(rows):
     lines = [
-        "| device, precision, threads, batch size | images/s | network | decoding"
-        " | reading, cropping, rest |",
+        "| device, precision, threads, batch size | images/s | network | decoding | reading, cropping, rest |",
         "| --- | --- | --- | --- | --- |",
     ]
     return lines + [

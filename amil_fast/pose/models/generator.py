@@ -57,8 +57,8 @@ class PoseGenerator(nn.Module):
         mil_scale: λ of Eq. 12.
         softmax_std: standard deviation in heatmap pixels of the targets of
             :func:`~amil_fast.pose.softmax_cross_entropy`; 0 for heatmaps of independent regions (Eq. 12).
-        flip_test: whether :class:`~amil_fast.pose.inference.Predictor` averages with the heatmaps of the flipped crop by
-            default; does not change ``forward``.
+        flip_test: whether :class:`~amil_fast.pose.inference.Predictor` averages with the heatmaps of the flipped crop
+            by default; does not change ``forward``.
         backend: backend of adjust pooling, see :func:`amil_fast.adjust_pool`.
 
     Attributes:
