@@ -38,7 +38,7 @@ FlipTest = Annotated[
         "--flip-test/--no-flip-test",
         "--mirror/--no-mirror",
         help="Average with the heatmaps of the flipped crop, in twice the time; by default unless the network was "
-        "trained without, as the shipped one.",
+        "validated without it, like the shipped one.",
     ),
 ]
 Refine = Annotated[str, typer.Option(help="Sub-pixel refinement: none, quarter, dark or dark_udp.")]

@@ -194,6 +194,16 @@ def test_self_distillation(tmp_path):
     assert all(parameter.grad is None for parameter in run.networks.average.parameters())
 
 
+def test_self_distillation_leaves_the_real_heatmaps_of_the_discriminator(tmp_path):
+    real, heatmap = [], []
+    for weight in (0.0, 0.5):
+        run = training(tmp_path / str(weight), loss__heatmap="softmax", loss__mil=0, loss__distillation=weight)
+        terms = dict(zip(run.optimization.term_names, run.train_step([next(iter(run.loader))]).tolist(), strict=True))
+        real.append(terms["real"])
+        heatmap.append(terms["heatmap"])
+    assert real[0] == real[1] and heatmap[0] != heatmap[1]
+
+
 def test_validation_with_either_pair(tmp_path):
     """More people have one of the two pairs annotated than the first."""
     measured = []

@@ -137,9 +137,10 @@ class OptimizationStep:
             if weights.swap_after is not None and epoch >= weights.swap_after:
                 flip_index = self.data.skeleton.flip_index
                 target, valid, _ = choose_sides(output.scores, target, valid, flip_index, weights.swap_margin)
+            mixed = target  # not of the scale of heatmaps: for this loss only
             if weights.distillation:
-                target = distillation_target(target, self._predict_flipped(images), weights.distillation)
-            heatmap = softmax_cross_entropy(output.scores, target, valid, count)
+                mixed = distillation_target(target, self._predict_flipped(images), weights.distillation)
+            heatmap = softmax_cross_entropy(output.scores, mixed, valid, count)
         elif weights.heatmap == "cross-entropy":
             heatmap = region_cross_entropy(output.scores, target, valid, count)
         else:
