@@ -78,7 +78,7 @@ def train_arguments(options, more):
         if options.archive is None:
             raise SystemExit("--archive: expected a crop archive (`amil pack`), got none")
         arguments += ["--preset", options.preset, "--archive", str(options.archive), "--precision", "bf16"]
-        arguments += ["--batch-size", "64", "--input-size", "256", "--checkpoint-minutes", "2"]
+        arguments += ["--input-size", "256", "--checkpoint-minutes", "2"]
         arguments += ["--set", f"data.holdout={options.holdout}", "--set", "run.evaluate_every=5"]
     return arguments + (["--resume"] if options.resume else []) + more
 
@@ -155,7 +155,7 @@ def main():
 
     def extend(parser):
         parser.add_argument("--archive", type=Path, help="crop archive (`amil pack`)")
-        parser.add_argument("--preset", default="lspet-small")
+        parser.add_argument("--preset", default="lspet")
         parser.add_argument("--holdout", type=int, default=500, help="number of last people held out for validation")
         parser.add_argument("--epochs", type=int, default=100)
         parser.add_argument("--run", type=Path, default=ROOT / "runs" / "gpu", help="run folder (large)")
